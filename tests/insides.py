@@ -14,7 +14,7 @@ from lowmem.nn.forms import CodedForm, HalfForm
 
 PACKAGE = Path(lowmem.__file__).parent
 OTHERS = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "rich", "tokenizers", "argparse")
-OTHERS += ("filelock", "sentence_transformers", "triton", "re")
+OTHERS += ("filelock", "huggingface_hub", "sentence_transformers", "triton", "re")
 
 # Modules of torch that its documentation describes; of transformers it describes the root.
 DOCUMENTED = ("torch", "torch.nn", "torch.nn.functional", "torch.nn.parameter", "torch.nn.utils", "torch.autograd")
@@ -23,6 +23,7 @@ DOCUMENTED += ("torch.utils.checkpoint", "torch.utils.tensorboard", "torch.overr
 DOCUMENTED += ("torch.distributed", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.library")
 DOCUMENTED += ("torch.jit", "torch.distributed.device_mesh", "torch.func", "torch.serialization", "torch.cuda")
 DOCUMENTED += ("torch.linalg", "torch.special", "torch.random", "torch.version", "torch.onnx", "torch.nn.init")
+DOCUMENTED += ("huggingface_hub", "huggingface_hub.errors", "huggingface_hub.utils")
 DOCUMENTED += ("torch.nn.parallel", "torch.nn.modules.module", "torch.backends.cpu", "torch.backends.mha")
 STANDARD = {"_replace", "_fields", "_asdict", "_make", "_exit"}  # the standard library documents them
 READERS = {"getattr", "hasattr", "setattr", "delattr"}

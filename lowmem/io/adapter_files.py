@@ -178,20 +178,20 @@ class AdapterFileSummary(NamedTuple):
     name: str
     rank: int  # of most layers
     base: str | None  # where the base is, or its name on the Hub; None: not said
+    base_revision: str | None  # of a name on the Hub; None: the main branch, or not said
 
 
 def read_adapter_summary(path: Path) -> AdapterFileSummary:
     """Return what an adapter says, of lowmem or PEFT, without its weights; raises as ``load_adapter``."""
     if path.is_dir():
         config = read_peft_config(path)
-        return AdapterFileSummary("default", config.default.rank, config.base)
+        return AdapterFileSummary("default", config.default.rank, config.base, config.base_revision)
     _check_not_peft_part_or_gguf(path)
     metadata = verify_and_map_file(path).metadata
     with value_errors_as_file_errors(path, "load the adapter"):
         name, _, records, _ = _parse_adapter_metadata(metadata)
-    return AdapterFileSummary(
-        name, Counter(technique.rank for technique in records.values()).most_common(1)[0][0], None
-    )
+    rank = Counter(technique.rank for technique in records.values()).most_common(1)[0][0]
+    return AdapterFileSummary(name, rank, None, None)
 
 
 def resolve_adapter_path_and_name(path: Path, requested_name: str | None) -> tuple[Path, str | None]:

@@ -24,7 +24,10 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Bytes
 MAX_CONFIG = 2**24
 
-_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", INDEX)
+WEIGHT_FILE_ENDINGS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data"),
+    INDEX,
+)
 """Ends of the names of weights, in any format."""
 
 _FILE = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors")
@@ -84,6 +87,11 @@ def read_checked_model_config(path: Path) -> dict[str, Any]:
 def read_quantization_config(path: Path) -> dict[str, Any]:
     """Return the ``quantization_config`` of a model's checked config.json, or an empty one."""
     return read_checked_model_config(path).get("quantization_config") or {}
+
+
+def is_config_or_tokenizer_file(name: str) -> bool:
+    """Whether transformers may read a file of this name beside the weights: a config, or a tokenizer's file."""
+    return name.endswith(_READ) and not name.endswith(INDEX)
 
 
 def check_config_files_are_regular(folder: Path) -> None:
@@ -223,12 +231,12 @@ def _iterate_non_weight_files(
         raise file_error(folder, f"{why}; move what is not the model's elsewhere", "copy")
     with read_errors_with_path(folder):
         entries = sorted(folder.iterdir())
-    if relative_path.parts and any(file.name.endswith(_FORMATS) for file in entries):
+    if relative_path.parts and any(file.name.endswith(WEIGHT_FILE_ENDINGS) for file in entries):
         return
     for file in entries:
         inner_path = relative_path / file.name
         if file.is_dir():
             if not file.name.startswith(".") and not file.is_symlink() and file.resolve() not in excluded_folders:
                 yield from _iterate_non_weight_files(file, inner_path, excluded_folders, ())
-        elif file.is_file() and file.name not in excluded_names and not file.name.endswith(_FORMATS):
+        elif file.is_file() and file.name not in excluded_names and not file.name.endswith(WEIGHT_FILE_ENDINGS):
             yield file, inner_path

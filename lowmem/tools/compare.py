@@ -25,6 +25,7 @@ from lowmem.tools.arguments import (
     parse_nonnegative_float,
     select_local_rank_device,
 )
+from lowmem.tools.hub_arguments import add_revision_argument, check_revision_applicable, fetch_named_model
 from lowmem.tools.named_models import (
     build_or_load_named_model,
     call_and_check_tensor,
@@ -52,8 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="MODEL",
         help="a base and at least one other model: VARIANT, module:factory, module:factory@VARIANT, or with --text "
-        "Hugging Face folders (default: bignet and every other variant)",
+        "Hugging Face folders or names on the Hub (default: bignet and every other variant)",
     )
+    add_revision_argument(parser)
     add_random_input_arguments(parser)
     parser.add_argument(
         "--tolerance",
@@ -82,6 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = select_local_rank_device(arguments.device)
     if arguments.text is not None:
         return _run_text_comparison(arguments, device)
+    if arguments.revision is not None:
+        raise ValueError("--revision applies to names on the Hub, and only --text takes these: add --text FILE")
     if arguments.layers:
         raise ValueError("--layers needs a text: add --text FILE")
     base, *others = arguments.models or VARIANTS
@@ -148,10 +152,13 @@ def _run_text_comparison(arguments: argparse.Namespace, device: torch.device) ->
         raise ValueError(
             "--batch, --input-shape and --input-dtype describe a random input: with --text leave them out"
         )
-    folders = [(name, model_folder_or_none(name)) for name in arguments.models]
+    check_revision_applicable(arguments.revision, arguments.models)
+    folders = [(name, model_folder_or_none(fetch_named_model(name, arguments.revision))) for name in arguments.models]
     for name, folder in folders:
         if folder is None:
-            raise ValueError(f"model={name!r} is no folder: --text compares folders of Hugging Face transformers")
+            raise ValueError(
+                f"model={name!r} is no folder: --text compares folders of transformers, or names on the Hub"
+            )
     if len(folders) < 2:
         raise ValueError(f"models={arguments.models!r}: name a base and at least one other folder to compare with it")
     text, _ = read_text_and_sha256(arguments.text)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from lowmem.io.filesystem import check_outside_inputs, exclusive_write_lock
+from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+
+from lowmem.errors import file_error
+from lowmem.io.adapter_files import load_adapter, resolve_adapter_path_and_name, save_adapter
+from lowmem.io.filesystem import check_not_exists, check_outside_inputs, exclusive_write_lock, scratch_folder
 from lowmem.io.formats.export_model import checked_or_inferred_export_format, export, export_targets_by_format_name
 from lowmem.io.formats.export_results import Exported, combined_relative_rms_error
 from lowmem.io.formats.lazy_model import open_lazy_model
+from lowmem.io.formats.peft.peft_reader import adapter_folders_without_model
 from lowmem.io.shards import INDEX
-from lowmem.tools.arguments import DTYPES, add_verbose_argument, parse_nonempty_path
+from lowmem.tools.arguments import DTYPES, add_verbose_argument, option_string, parse_nonempty_path
+from lowmem.tools.hub_arguments import fetch_base, fetch_model, parse_model_path
 from lowmem.tools.output import (
     bytes_before_and_after_text,
     mib_text,
@@ -32,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=parse_nonempty_path,
         metavar="IN",
-        help="a folder of lowmem quantize or save_pretrained, or a .safetensors file of lowmem",
+        help="a folder of lowmem quantize or save_pretrained, a .safetensors file of lowmem, or the folder of an "
+        "adapter: its base is written as lowmem fit stored it, and the adapter beside it, as OUT-adapter",
     )
     parser.add_argument("out", type=parse_nonempty_path, metavar="OUT", help="OUT.gguf, or a folder; must not exist")
     parser.add_argument(
@@ -50,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GGUF",
         help="for gguf: copy metadata and tokenizer from this file of the same model",
     )
+    parser.add_argument(
+        "--base", type=parse_model_path, metavar="MODEL", help="the base of an adapter (default: what it names)"
+    )
+    parser.add_argument("--adapter", metavar="NAME", help="the adapter to write, of a folder of several")
+    parser.add_argument("--dense-base", action="store_true", help="write the dense base of an adapter as it is")
     add_verbose_argument(parser, "weights")
     parser.add_argument("--json", action="store_true", help="print JSON with integer bytes")
 
@@ -58,21 +73,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     name = checked_or_inferred_export_format(arguments.out, arguments.format)
     check_outside_inputs(arguments.out, {"IN": arguments.source})
-    size = _source_weight_bytes(arguments.source)
-    with (
-        exclusive_write_lock(arguments.out),
-        warnings_printed_as_notes(),
-        progress_display("export", total=size) as update,
-    ):
-        rows = export(
-            arguments.source,
-            arguments.out,
-            format=name,
-            requantize=arguments.requantize,
-            like=arguments.like,
-            dtype=None if arguments.dtype is None else DTYPES[DTYPE_NAMES[arguments.dtype]],
-            progress=lambda name, nbytes: update(advance=nbytes),
-        )
+    outs = [arguments.out]
+    if adapter_folders_without_model(arguments.source):
+        outs.append(_adapter_out_path(arguments.out, name))
+        rows = _export_base_and_adapter(arguments, name, outs[1])
+    else:
+        for option in ("base", "adapter", "dense_base"):
+            if getattr(arguments, option):
+                raise ValueError(
+                    f"{option_string(option)} applies to an adapter, and IN={str(arguments.source)!r} is none: leave "
+                    "it out"
+                )
+        with exclusive_write_lock(arguments.out), warnings_printed_as_notes():
+            rows = _export_model(arguments, arguments.source, name)
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0
@@ -83,8 +96,73 @@ def run(arguments: argparse.Namespace) -> int:
             text_columns=(0, 2, 3),
         )
     _print_export_totals(name, rows)
-    print_saved_path_to_stderr(arguments.out)
+    for out in outs:
+        print_saved_path_to_stderr(out)
     return 0
+
+
+def _export_model(arguments: argparse.Namespace, source: Path, format_name: str) -> list[Exported]:
+    with progress_display("export", total=_source_weight_bytes(source)) as update:
+        return export(
+            source,
+            arguments.out,
+            format=format_name,
+            requantize=arguments.requantize,
+            like=arguments.like,
+            dtype=None if arguments.dtype is None else DTYPES[DTYPE_NAMES[arguments.dtype]],
+            progress=lambda name, nbytes: update(advance=nbytes),
+        )
+
+
+def _adapter_out_path(out: Path, format_name: str) -> Path:
+    """Return where the adapter of an exported base goes: to ``tuned-adapter.gguf`` beside ``tuned.gguf``."""
+    ending = export_targets_by_format_name()[format_name].ending or ""
+    return out.with_name(f"{out.name.removesuffix(ending)}-adapter{ending}")
+
+
+def _export_base_and_adapter(arguments: argparse.Namespace, format_name: str, adapter_out: Path) -> list[Exported]:
+    """Write an adapter's base as training stored it, and the adapter, both or neither; return the base's rows."""
+    from lowmem.integrations.transformers.adapted_folder import write_base_with_tokenizer
+    from lowmem.integrations.transformers.model_facts import delayed_transformers_log
+    from lowmem.integrations.transformers.pretrained_folder import (
+        load_folder,
+        quantize_folder,
+        weights_read_reported,
+    )
+    from lowmem.integrations.transformers.text_generation import adapter_base_and_technique
+
+    for path in (arguments.out, adapter_out):
+        check_not_exists(path)
+    folder, adapter_name = resolve_adapter_path_and_name(arguments.source, arguments.adapter)
+    named_base = None if arguments.base is None else fetch_model(arguments.base)
+    base, technique = adapter_base_and_technique(folder, named_base, arguments.dense_base, fetch_base)
+    check_outside_inputs(arguments.out, {"the base": base})
+    if base.is_file():
+        why = "it is a GGUF file already: save_adapter(model, OUT, format='gguf') writes the adapter alone"
+        raise file_error(base, why, "export")
+    kind = "gguf" if format_name == "gguf" else "peft"
+    with (
+        exclusive_write_lock(arguments.out),
+        warnings_printed_as_notes(),
+        delayed_transformers_log(),
+        scratch_folder(arguments.out.parent, arguments.out) as scratch,
+        ExitStack() as undo,
+    ):
+        if technique is not None:
+            with (
+                progress_display("store the base", MofNCompleteColumn, TimeRemainingColumn) as update,
+                weights_read_reported(lambda done, total: update(completed=done, total=total)),
+            ):
+                quantize_folder(base, scratch / base.resolve().name, technique)
+            base = scratch / base.resolve().name
+        model = load_adapter(load_folder(base), folder, adapter_name)
+        save_adapter(model, adapter_out, format=kind, **({} if kind == "gguf" else {"base_name": str(arguments.out)}))
+        undo.callback(shutil.rmtree if adapter_out.is_dir() else os.unlink, adapter_out)
+        del model
+        write_base_with_tokenizer(base, folder, scratch / "source")
+        rows = _export_model(arguments, scratch / "source", format_name)
+        undo.pop_all()
+    return rows
 
 
 def _source_weight_bytes(source: Path) -> int:

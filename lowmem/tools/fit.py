@@ -8,6 +8,8 @@ from contextlib import nullcontext
 from lowmem.finetuning.metrics import LOGS
 from lowmem.finetuning.settings import DECAYS
 from lowmem.io.filesystem import exclusive_write_lock
+from lowmem.io.hub_names import HubName, is_hub_name
+from lowmem.io.training_record import KEPT_BASE
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS
 from lowmem.tools import fit_classifier, fit_language
 from lowmem.tools.arguments import (
@@ -19,6 +21,7 @@ from lowmem.tools.arguments import (
     parse_positive_float,
     parse_positive_int,
 )
+from lowmem.tools.hub_arguments import add_revision_argument, fetch_model
 from lowmem.tools.named_models import folder_or_gguf_or_none
 from lowmem.variants import VARIANTS
 
@@ -28,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="the Hugging Face FOLDER or the GGUF file of a causal language model; or a classifier: VARIANT, "
-        "module:factory, or module:factory@VARIANT",
+        help="the Hugging Face FOLDER, the name on the Hub or the GGUF file of a causal language model; or a "
+        "classifier: VARIANT, module:factory, or module:factory@VARIANT",
     )
     parser.add_argument(
         "--data",
@@ -115,10 +118,17 @@ def add_language_model_arguments(group: argparse._ActionsContainer) -> None:
         metavar="ADAPTER",
         help="continue from the values of an adapter, a folder or a file, in a run of its own",
     )
+    add_revision_argument(group)
     group.add_argument(
         "--base-name",
         metavar="NAME",
         help="name of the base in the adapter's config, such as a name on the Hub (default: the folder's path)",
+    )
+    group.add_argument(
+        "--keep-base",
+        action="store_true",
+        help=f"also write the base as it is stored for training, to OUT/{KEPT_BASE}, which generate, serve and "
+        "export then open without storing it again",
     )
     group.add_argument(
         "--memory",
@@ -211,7 +221,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run and arguments.device != "cpu":
         raise ValueError(f"--dry-run measures a step on the CPU: leave --device={arguments.device} out")
     base = folder_or_gguf_or_none(arguments.model)
-    if base is not None:
+    if base is not None or is_hub_name(arguments.model):
+        base = fetch_model(HubName(arguments.model) if base is None else base, arguments.revision)
         return fit_language.run(arguments, base)
     if ":" not in arguments.model and arguments.model not in VARIANTS:
         raise ValueError(

@@ -17,6 +17,7 @@ from lowmem import measure
 from lowmem.finetuning.calling_convention import logits_from_output
 from lowmem.io.formats.open_foreign import open_foreign_checkpoint
 from lowmem.io.formats.requantization import bytes_in_storage_form, form_with_dense_dtype, warn_if_model_grows
+from lowmem.io.hub_names import displayed_model_name
 from lowmem.io.metadata_records import parse_form_record
 from lowmem.io.model_folder import read_quantization_config, weights_or_index_path
 from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
@@ -76,11 +77,11 @@ def print_planned_memory(arguments: argparse.Namespace, job: FineTuningJob) -> i
     process = None if before is None else before + _peak_bytes(job, memory_plan, largest)
     if arguments.json:
         print_json(
-            {"model": str(job.model_path), "memory": job.memory_mode, "process_bytes": process}
+            {"model": displayed_model_name(job.model_path), "memory": job.memory_mode, "process_bytes": process}
             | memory_plan.as_json()
         )
         return 0
-    print_memory_plan(str(job.model_path), memory_plan)
+    print_memory_plan(displayed_model_name(job.model_path), memory_plan)
     rows = f"{job.settings.batch_size} rows of {job.length} tokens"
     print(
         f"\nforward and backward, with --memory {job.memory_mode}, of {rows}: measured on at most "

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -31,22 +32,22 @@ from lowmem.io.filesystem import (
     read_errors_with_path,
 )
 from lowmem.io.formats.peft.peft_reader import CONFIG, WEIGHTS
+from lowmem.io.hub_names import displayed_model_name
 from lowmem.io.model_folder import weights_or_index_path
+from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
 from lowmem.io.shards import INDEX, read_weight_map
-from lowmem.nn.techniques import BlockwiseTechnique, Budget, EightBit, FourBit, Half, LoRA, blockwise_technique
+from lowmem.io.training_record import RECORD_FILE, StorageTechnique, technique_format_name
+from lowmem.nn.techniques import Budget, Half, LoRA, blockwise_technique
 from lowmem.tools.arguments import DEFAULT_RANK, option_string
 from lowmem.tools.output import escaped_and_truncated, finite_or_none
 from lowmem.version import __version__
 
 DEFAULT_LENGTH = 512
-RECORD_FILE = "training.json"
-"""The file beside an adapter that says how it was trained."""
-
-StorageTechnique: TypeAlias = Half | EightBit | FourBit | Budget | None
-"""How to store a folder's model; None: as it is."""
-
 CUT_SHARE = 0.1
 """Share of the answers that may lose the token that ends them without --cut."""
+
+KEPT_BASE_WEIGHTS = 10**9
+"""Weights above which ``--keep-base`` is named: storing as many takes minutes."""
 
 MAY_DIFFER = ("lr", "clip", "save_every", "batch_size", "accumulate", "processes", "device")
 """Settings that may change when a run resumes: those that help after a loss that was not finite, how often states are
@@ -79,6 +80,7 @@ class FineTuningJob:
     device: torch.device
     timeout: timedelta
     notes: tuple[str, ...]  # on the texts, to be printed behind what is said of the model
+    keep_base: bool  # whether the stored base is written beside the adapter
 
     def print_notes(self) -> None:
         """Print the notes to stderr."""
@@ -87,7 +89,7 @@ class FineTuningJob:
 
     @property
     def has_public_base_name(self) -> bool:
-        """Whether the adapter names its base as the Hub does, and not by its path here."""
+        """Whether the adapter names its base as the Hub does, or ``--base-name``, and not by its path here."""
         return self.base_name != str(self.model_path.resolve())
 
     @property
@@ -99,7 +101,7 @@ class FineTuningJob:
         """Return what decides the result, as JSON."""
         return {
             "base": self.base_digest,
-            "format": _technique_format_name(self.technique),
+            "format": technique_format_name(self.technique),
             "embeddings": getattr(self.technique, "embeddings", None),  # None, too, of runs before there was a choice
             "rank": self.adapter.rank,
             "alpha": self.adapter.alpha,
@@ -158,6 +160,8 @@ class FineTuningJob:
             "stopped_early": outcome.stopped,
             "last_loss": outcome.losses[-1],
             "perplexity": {name: finite_or_none(value) for name, value in perplexities.items()},
+            # Blocks of the base; None: the format's, or no blocks
+            "block_size": getattr(self.technique, "block_size", None),
         }
 
 
@@ -193,6 +197,7 @@ def check_arguments_and_make_job(
     if arguments.eval_every is not None and not evaluates:
         raise ValueError("--eval-every needs held-out text: add --eval-data or --eval-share")
     technique, dense = _technique_and_is_dense(model_path, arguments.format, arguments.bits)
+    base_notes = _check_and_describe_kept_base(arguments, model_path, technique)
     adapter = _lora_from_arguments(arguments)
     settings = _fine_tuning_settings(arguments, adapter.rank)
     from lowmem.integrations.transformers.model_facts import delayed_transformers_log, read_language_model_sizes
@@ -237,7 +242,7 @@ def check_arguments_and_make_job(
         adapter,
         tuple(arguments.target or ()),
         getattr(arguments, "from"),
-        arguments.base_name or str(model_path.resolve()),
+        arguments.base_name or displayed_model_name(model_path.resolve()),
         tokenizer.tokenizer,
         arguments.memory or "fast",
         length,
@@ -249,8 +254,34 @@ def check_arguments_and_make_job(
         process_count,
         device,
         timeout,
-        tuple(notes),
+        (*notes, *base_notes),
+        arguments.keep_base,
     )
+
+
+def _check_and_describe_kept_base(
+    arguments: argparse.Namespace, model_path: Path, technique: StorageTechnique
+) -> list[str]:
+    """Check ``--keep-base``; return a note that names it where storing the base again would take long."""
+    if arguments.keep_base:
+        if arguments.save is None:
+            raise ValueError("--keep-base writes a folder into OUT: name OUT with --save")
+        if technique is None:
+            raise ValueError(
+                f"--keep-base keeps a base that is stored for training, and model={str(model_path)!r} is used as it "
+                "is: leave it out"
+            )
+        return []
+    if arguments.save is None or technique is None:
+        return []
+    with SafetensorsCheckpoint(weights_or_index_path(model_path)) as source:
+        count = sum(math.prod(spec.shape) for spec in source.specs.values())
+    if count <= KEPT_BASE_WEIGHTS:
+        return []
+    return [
+        f"lowmem generate, serve and export of {escaped_and_truncated(str(arguments.save))} need the base in this "
+        f"format, and storing {count / 1e9:.1f} billion weights again takes minutes: --keep-base writes it into OUT"
+    ]
 
 
 def _truncation_notes(texts: Texts, data_path: str | Path, max_positions: int | None) -> list[str]:
@@ -324,14 +355,6 @@ def _technique_and_is_dense(
     if format_name in ("bfloat16", "float16"):
         return Half(getattr(torch, format_name)), True
     return (blockwise_technique(format_name) if bits is None else Budget(bits)), True
-
-
-def _technique_format_name(technique: StorageTechnique) -> str:
-    if isinstance(technique, Half):
-        return str(technique.dtype).removeprefix("torch.")
-    if isinstance(technique, Budget):
-        return f"{technique.bits:g} bits"
-    return str(technique.format) if isinstance(technique, BlockwiseTechnique) else technique or "as it is"
 
 
 def _base_files_sha256(model_path: Path) -> str:

@@ -32,13 +32,12 @@ from lowmem.finetuning.text_examples import Texts
 from lowmem.finetuning.training_state import States, forked_rng
 from lowmem.io.adapter_files import load_adapter
 from lowmem.io.filesystem import exclusive_write_lock
+from lowmem.io.training_record import RECORD_FILE, StorageTechnique
 from lowmem.nn.dot_product_attention import float32_attention_mode_if_faster
 from lowmem.tools.arguments import select_local_rank_device
 from lowmem.tools.fit_dry_run import print_planned_memory
 from lowmem.tools.fit_job import (
-    RECORD_FILE,
     FineTuningJob,
-    StorageTechnique,
     check_arguments_and_make_job,
     check_outputs_writable,
     log_folder,
@@ -142,7 +141,7 @@ def _run_training_job(arguments: argparse.Namespace, job: FineTuningJob, ranks: 
     writers: list[MetricsWriter] = []
     try:
         facts = {} if states is None else states.facts
-        with progress_display(f"{job.model_path.name}, before its first step"):
+        with progress_display(f"{job.public_base_name}, before its first step"):
             training = _LanguageModelTraining(job, ranks, facts, lambda line: print(line, file=out, flush=True))
         for change in [] if states is None else states.changed:
             print(f"lowmem fit: {change}", file=sys.stderr)
@@ -152,7 +151,7 @@ def _run_training_job(arguments: argparse.Namespace, job: FineTuningJob, ranks: 
         if arguments.log is not None and ranks.rank == 0:
             writers.append(LOGS[arguments.log](log_folder(job), job.run_identity_dict(), step))
         columns = MofNCompleteColumn, "steps {task.fields[figures]}", TimeRemainingColumn
-        with progress_display(job.model_path.name, *columns, figures="") as update:
+        with progress_display(job.public_base_name, *columns, figures="") as update:
             outcome = training.train(states, lambda step: report(step, update, writers))
         document = job.training_record(outcome, training.perplexities)
         # First: a run whose folder is complete is not done again

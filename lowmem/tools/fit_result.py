@@ -16,7 +16,10 @@ from torch import nn
 from lowmem.distributed.torchrun_processes import restart_command_words
 from lowmem.io.adapter_files import save_adapter
 from lowmem.io.filesystem import atomic_folder, write_atomically, write_errors_with_path
-from lowmem.tools.fit_job import RECORD_FILE, FineTuningJob
+from lowmem.io.hub_names import hub_name_and_commit_or_none
+from lowmem.io.training_record import KEPT_BASE, RECORD_FILE
+from lowmem.tools.fit_job import FineTuningJob
+from lowmem.transforms.named_adapters import delete_adapter
 
 _TRANSIENT_OPTIONS = ("--resume", "--json", "--debug")
 
@@ -44,20 +47,24 @@ def _shorten_local_path(word: str) -> str:
 def suggested_next_commands(job: FineTuningJob) -> list[str]:
     """Return commands that use the adapter of a run."""
     assert job.save_path is not None
-    base, out = str(job.model_path), str(job.save_path)
+    out, cached = str(job.save_path), hub_name_and_commit_or_none(job.model_path)
+    # By the commit, since a branch moves
+    base, revision = (str(job.model_path), []) if cached is None else (cached[0], ["--revision", cached[1]])
     how = ["--chat"] if job.texts.chats else ["--prompt", "TEXT"]
     merged = f"{out.rstrip(os.sep)}-merged"
     # Where the adapter's config does not find it
-    if job.has_public_base_name:
+    if job.has_public_base_name and job.base_name != base:
         how = ["--base", base, *how]
-    commands = [["generate", out, *how], ["merge", base, out, merged, "--to", "bfloat16"]]
+    commands = [["generate", out, *how], ["merge", base, out, merged, *revision, "--to", "bfloat16"]]
     return [shlex.join(["lowmem", *command]) for command in [*commands, ["export", merged, f"{merged}.gguf"]]]
 
 
 def write_adapter_folder(
     job: FineTuningJob, states_folder: Path, model: nn.Module, record: dict[str, Any], command: str
 ) -> None:
-    """Write the adapter's folder atomically: within the folder of states, which takes what a kill leaves."""
+    """Write the adapter's folder, maybe with the base, atomically: the folder of states takes what a kill leaves."""
+    from lowmem.integrations.transformers.pretrained_folder import write_model_folder
+
     assert job.save_path is not None
     with write_errors_with_path(states_folder):
         states_folder.mkdir(exist_ok=True)
@@ -70,6 +77,9 @@ def write_adapter_folder(
             job.tokenizer.save_pretrained(partial)
             write_atomically(partial / RECORD_FILE, (json.dumps(record, indent=2) + "\n").encode())
             write_atomically(partial / "README.md", _model_card_markdown(job, record, command).encode())
+            if job.keep_base:
+                # Only the files are used from here on
+                write_model_folder(delete_adapter(model, "default"), job.model_path, partial / KEPT_BASE, None)
     finally:
         with suppress(OSError):  # it has states
             states_folder.rmdir()

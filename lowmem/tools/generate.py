@@ -8,40 +8,48 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from lowmem.finetuning.metrics import process_peak_bytes_or_none
 from lowmem.inference.prepare_inference import prepare_inference
 from lowmem.inference.transformer_block import NativeBlock
+from lowmem.io.hub_names import displayed_model_name
 from lowmem.io.remote_code import has_trust_remote_code_in_text
 from lowmem.tools.arguments import (
     add_device_argument,
-    parse_nonempty_path,
     parse_nonnegative_float,
     parse_nonnegative_int,
     parse_positive_int,
     select_local_rank_device,
 )
 from lowmem.tools.command_exit import INTERRUPTED
-from lowmem.tools.output import warnings_printed_as_notes
+from lowmem.tools.hub_arguments import add_revision_argument, fetch_base, fetch_model, parse_model_path
+from lowmem.tools.output import progress_display, warnings_printed_as_notes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
         "model",
-        type=parse_nonempty_path,
+        type=parse_model_path,
         metavar="MODEL",
-        help="a folder of a model or an adapter, a GGUF file, or an adapter's file",
+        help="a folder of a model or an adapter, or the name of one on the Hub; a GGUF file, or an adapter's file",
     )
+    add_revision_argument(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="text to continue (default: standard input)")
     what.add_argument(
         "--chat", action="store_true", help="answer each line of standard input, by the tokenizer's chat template"
     )
     parser.add_argument(
-        "--base", type=parse_nonempty_path, metavar="MODEL", help="the base of an adapter (default: what it names)"
+        "--base", type=parse_model_path, metavar="MODEL", help="the base of an adapter (default: what it names)"
     )
     parser.add_argument("--adapter", metavar="NAME", help="the adapter to use, of a model with several")
+    parser.add_argument(
+        "--dense-base",
+        action="store_true",
+        help="leave an adapter's dense base dense (default: store it as lowmem fit stored it for training)",
+    )
     parser.add_argument(
         "--max-new-tokens",
         type=parse_positive_int,
@@ -77,11 +85,25 @@ def run(arguments: argparse.Namespace) -> int:
     device = select_local_rank_device(arguments.device)
     if arguments.prompt is None and not arguments.chat and sys.stdin.isatty():
         raise ValueError("there is no prompt: give --prompt TEXT or --chat, or write it to standard input")
+    arguments.model = fetch_model(arguments.model, arguments.revision)
+    shown_name = f"open {displayed_model_name(arguments.model)}"
+    base = None if arguments.base is None else fetch_model(arguments.base)
     from lowmem.integrations.transformers.model_facts import delayed_transformers_log
     from lowmem.integrations.transformers.text_generation import end_token_ids, open_model_and_tokenizer
 
-    with delayed_transformers_log(), warnings_printed_as_notes():
-        model, tokenizer = open_model_and_tokenizer(arguments.model, arguments.base, arguments.adapter)
+    with (
+        delayed_transformers_log(),
+        warnings_printed_as_notes(),
+        progress_display(shown_name, MofNCompleteColumn, TimeRemainingColumn) as update,
+    ):
+        model, tokenizer = open_model_and_tokenizer(
+            arguments.model,
+            base,
+            arguments.adapter,
+            dense_base=arguments.dense_base,
+            fetch_base=fetch_base,
+            progress=lambda done, total: update(completed=done, total=total),
+        )
         ends = end_token_ids(model, tokenizer, arguments.chat)
     generator = _TextGenerator(model.to(device), tokenizer, ends, arguments)
     torch.manual_seed(arguments.seed)

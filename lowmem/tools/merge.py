@@ -13,6 +13,7 @@ from lowmem.io.checkpoint import load, save
 from lowmem.io.filesystem import check_not_exists, check_outside_inputs, exclusive_write_lock, has_magic_bytes
 from lowmem.io.formats.gguf.gguf_file import MAGIC
 from lowmem.tools.arguments import DTYPES, parse_nonempty_path, parse_nonnegative_float
+from lowmem.tools.hub_arguments import add_revision_argument, fetch_model, parse_model_path
 from lowmem.tools.named_models import exceptions_as_value_error, import_and_call_batch_function, import_model_factory
 from lowmem.tools.output import (
     print_json,
@@ -31,13 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
         "base",
-        type=parse_nonempty_path,
+        type=parse_model_path,
         metavar="BASE",
-        help="a folder of transformers, a GGUF file, or a model file of lowmem.save",
+        help="a folder of transformers, its name on the Hub, a GGUF file, or a model file of lowmem.save",
     )
     parser.add_argument(
-        "adapter", type=parse_nonempty_path, metavar="ADAPTER", help="a file of save_adapter, or a PEFT folder"
+        "adapter",
+        type=parse_model_path,
+        metavar="ADAPTER",
+        help="a file of save_adapter, a PEFT folder, or its name on the Hub",
     )
+    add_revision_argument(parser, "BASE")
     parser.add_argument("out", type=parse_nonempty_path, metavar="OUT", help="the folder to write, or the model file")
     parser.add_argument("--adapter", dest="name", metavar="NAME", help="the adapter to merge, of a folder of several")
     parser.add_argument(
@@ -66,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    arguments.base = fetch_model(arguments.base, arguments.revision)
+    arguments.adapter = fetch_model(arguments.adapter)
     check_outside_inputs(arguments.out, {"BASE": arguments.base, "ADAPTER": arguments.adapter})
     inputs = None if arguments.inputs is None else import_and_call_batch_function(arguments.inputs)
     to: Any = "same format" if arguments.to is None else DTYPES[arguments.to]

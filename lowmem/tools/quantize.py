@@ -29,6 +29,7 @@ from lowmem.tools.arguments import (
     parse_positive_int,
     select_local_rank_device,
 )
+from lowmem.tools.hub_arguments import add_revision_argument, fetch_model, parse_model_path
 from lowmem.tools.output import (
     bytes_before_and_after_text,
     escaped_and_truncated,
@@ -83,10 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
         "source",
-        type=parse_nonempty_path,
+        type=parse_model_path,
         metavar="IN",
-        help=f"a .safetensors file, a {INDEX} of shards, a Hugging Face folder, or another program's 4-bit file or "
-        "folder (GGUF, bitsandbytes, GPTQ, AWQ, compressed-tensors, gpt-oss), whose codes are kept",
+        help=f"a .safetensors file, a {INDEX} of shards, a Hugging Face folder, a name on the Hub, or "
+        "another program's 4-bit file or folder (GGUF, bitsandbytes, GPTQ, AWQ, compressed-tensors, gpt-oss), whose "
+        "codes are kept",
     )
     parser.add_argument(
         "target",
@@ -94,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OUT",
         help="the .safetensors file to write, or a folder that does not exist",
     )
+    add_revision_argument(parser, "IN")
     parser.add_argument(
         "--format",
         choices=[*FORMATS, *IMPORTED, *EIGHT_BIT],
@@ -198,6 +201,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"--{option} does not apply to --format {arguments.format}, which has 8 bits: leave it out"
             )
+    arguments.source = fetch_model(arguments.source, arguments.revision)
     check_outside_inputs(arguments.target, {"IN": arguments.source})
     if arguments.resume is not None:
         check_outside_inputs(arguments.resume, {"IN": arguments.source, "OUT": arguments.target}, "--resume")

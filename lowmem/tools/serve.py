@@ -5,59 +5,87 @@ from __future__ import annotations
 import argparse
 from inspect import Parameter, Signature, signature
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-from lowmem.io.formats.peft.peft_reader import check_not_adapters_only
+from lowmem.io.formats.peft.peft_reader import adapter_folders_without_model, check_not_adapters_only
+from lowmem.io.hub_names import hub_name_and_commit_or_none
 from lowmem.io.remote_code import empty_stdin
-from lowmem.tools.arguments import parse_nonempty_path
+from lowmem.io.training_record import KEPT_BASE
+from lowmem.tools.hub_arguments import add_revision_argument, fetch_model, parse_model_path
 from lowmem.tools.serve_limits import LimitsMiddleware
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
-        "folder", type=parse_nonempty_path, metavar="FOLDER", help="a folder of a model, dense or stored"
+        "folder",
+        type=parse_model_path,
+        metavar="FOLDER",
+        help="a folder of a model, dense or stored, its name on the Hub, or an adapter's folder with its base "
+        "(lowmem fit --keep-base)",
     )
     parser.add_argument(
         "options",
         nargs=argparse.REMAINDER,
         metavar="...",
-        help="options of `transformers serve`, as --port 8000, and limits: see `lowmem serve FOLDER --help`",
+        help="--revision of a name on the Hub, options of `transformers serve`, as --port 8000, and limits: "
+        "see `lowmem serve FOLDER --help`",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command, until the server is stopped."""
-    folder: Path = arguments.folder
+    of_name = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_revision_argument(of_name, "FOLDER")
+    named, options = of_name.parse_known_args(arguments.options)
+    folder = fetch_model(arguments.folder, named.revision)
+    cached = hub_name_and_commit_or_none(folder.resolve())
+    name = folder.resolve().name if cached is None else cached[0]
     from transformers.utils.import_utils import is_serve_available
 
+    from lowmem.integrations.transformers.adapted_folder import write_base_with_adapter
     from lowmem.integrations.transformers.pretrained_folder import (
         architecture_class,
         checked_config_and_tensor_bytes,
         empty_model_on_meta,
     )
 
-    check_not_adapters_only(folder, "serve")
-    config, _ = checked_config_and_tensor_bytes(folder, "serve")
-    empty_model_on_meta(folder, architecture_class(folder, config))
+    kept_base = folder / KEPT_BASE
+    has_kept_base = list(adapter_folders_without_model(folder)) == ["default"] and kept_base.is_dir()
+    if not has_kept_base:
+        check_not_adapters_only(folder, "serve")
+    model_folder = kept_base if has_kept_base else folder
+    config, _ = checked_config_and_tensor_bytes(model_folder, "serve")
+    empty_model_on_meta(model_folder, architecture_class(model_folder, config))
     if not is_serve_available():
         raise ImportError("lowmem serve needs the server of transformers: pip install 'transformers[serving]'")
+    if not has_kept_base:
+        return _serve_folder(folder.resolve(), name, options)
+    with TemporaryDirectory(prefix="lowmem-") as scratch:
+        served = Path(scratch, "model").resolve()
+        write_base_with_adapter(kept_base, folder, served)
+        return _serve_folder(served, name, options)
+
+
+def _serve_folder(folder: Path, name: str, options: list[str]) -> int:
+    """Serve a folder under a name with options of the server, until it is stopped; return the exit code."""
     import typer
 
     command = typer.Typer(add_completion=False)
-    command.command()(_limited_server_class(folder.resolve()))
+    command.command()(_limited_server_class(folder, name))
     try:
         # The server makes models in models, too
         with empty_stdin():
-            command(args=[str(folder.resolve()), *arguments.options, "--non-blocking"], prog_name="lowmem serve")
+            command(args=[str(folder), *options, "--non-blocking"], prog_name="lowmem serve")
     except SystemExit as stop:
         # Ctrl-C, or an option that the server refuses
         return stop.code if isinstance(stop.code, int) else 1
     return 0
 
 
-def _limited_server_class(folder: Path) -> type:
-    """Return the class of transformers' server with limits and their options."""
+def _limited_server_class(folder: Path, name: str) -> type:
+    """Return the class of transformers' server with limits and their options; the model's name is ``name``."""
     import typer
     from transformers.cli.serve import Serve
 
@@ -68,7 +96,7 @@ def _limited_server_class(folder: Path) -> type:
         __doc__ = Serve.__doc__
 
         def __init__(self, *, max_tokens: int, max_body: int, host: str, enable_cors: bool, **options: Any) -> None:
-            self.limits = folder.name, host, max_tokens, max_body * 2**20, enable_cors
+            self.limits = name, host, max_tokens, max_body * 2**20, enable_cors
             # The server's own errors do not say what is wrong with it
             read_tokenizer(folder)
             with quiet_load_with_file_errors(folder):

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from lowmem import measure
 from lowmem.io.filesystem import check_writable, write_atomically
+from lowmem.io.hub_names import HubName, displayed_model_name, hub_name_and_commit_or_none, is_hub_name
+from lowmem.io.model_folder import CONFIG, read_quantization_config
 from lowmem.nn.techniques import FourBit, LoRA
 from lowmem.tools.arguments import (
     DEFAULT_RANK,
@@ -27,6 +29,12 @@ from lowmem.tools.arguments import (
     parse_positive_int,
     parse_techniques,
     select_local_rank_device,
+)
+from lowmem.tools.hub_arguments import (
+    add_revision_argument,
+    check_revision_applicable,
+    fetch_model,
+    fetch_named_model,
 )
 from lowmem.tools.named_models import (
     build_or_load_named_model,
@@ -103,9 +111,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models",
         nargs="*",
         metavar="MODEL",
-        help="VARIANT, module:factory, module:factory@VARIANT, or a Hugging Face folder (default: every variant of "
-        "BigNet); a folder gets 128 tokens, or as many as it has positions, or --input-shape N",
+        help="VARIANT, module:factory, module:factory@VARIANT, or a Hugging Face folder or name on the Hub (default: "
+        "every variant of BigNet); a folder gets 128 tokens, or as many as it has positions, or --input-shape N",
     )
+    add_revision_argument(parser)
     add_random_input_arguments(parser)
     parser.set_defaults(input_shape=None, input_dtype=None)
     kind = parser.add_mutually_exclusive_group()
@@ -168,6 +177,9 @@ def run(arguments: argparse.Namespace) -> int:
     planned = arguments.plan is not None or arguments.at_most is not None
     measures_step = not planned and arguments.training not in (None, "none")
     _check_step_options_and_plot_path(arguments, measures_step)
+    check_revision_applicable(arguments.revision, arguments.models)
+    # A plan needs no weights, unless they are stored
+    arguments.models = [fetch_named_model(name, arguments.revision, weights=not planned) for name in arguments.models]
     if planned:
         return _make_and_print_memory_plans(arguments)
     device = select_local_rank_device(arguments.device)
@@ -181,10 +193,10 @@ def run(arguments: argparse.Namespace) -> int:
         model = move_to_device(name, build_or_load_named_model(name, seed=arguments.seed), device)
         config = _transformers_config_or_none(name, model)
         x = _make_input_for_config(arguments, config).to(device)
-        rows.append(measure_model_stats(name, model, x, **_decoder_input_kwargs(config, x)))
+        rows.append(measure_model_stats(displayed_model_name(name), model, x, **_decoder_input_kwargs(config, x)))
         if ":" in name or config is not None:
             with exceptions_as_value_error(f"model={name!r} cannot be listed by layers"):
-                layers[name] = summary(model)
+                layers[displayed_model_name(name)] = summary(model)
     if arguments.json:
         listed = {
             name: {"layers": [asdict(layer) for layer in layer_summary]} for name, layer_summary in layers.items()
@@ -256,7 +268,7 @@ def _make_and_print_memory_plans(arguments: argparse.Namespace) -> int:
     plans: dict[str, tuple[Plan, Tensor]] = {}
     for name in arguments.models or ["bignet"]:
         base = folder_or_gguf_or_none(name)
-        plans[name] = (
+        plans[displayed_model_name(name)] = (
             _named_model_plan_and_input(arguments, name, training)
             if base is None
             else _folder_or_gguf_plan_and_input(arguments, base, training)
@@ -268,7 +280,7 @@ def _make_and_print_memory_plans(arguments: argparse.Namespace) -> int:
     for number, (name, (memory_plan, x)) in enumerate(plans.items()):
         print("\n" * (number > 0), end="")
         print_memory_plan(name, memory_plan, markdown=arguments.markdown)
-        if folder_or_gguf_or_none(name) is not None:
+        if is_hub_name(name) or folder_or_gguf_or_none(name) is not None:
             what = " x ".join(map(str, x.shape)) + (" numbers" if x.is_floating_point() else " tokens")
             print(f"\nof an input of {what}: --batch and --input-shape change them")
     return 0
@@ -319,7 +331,13 @@ def _folder_or_gguf_plan_and_input(
     from lowmem.tools.fit_dry_run import plan_with_stored_bytes, technique_dense_paths_and_bytes
 
     with delayed_transformers_log():
-        stored = quantizing_program_or_none(model_path, "plan") is not None
+        cached = hub_name_and_commit_or_none(model_path)
+        # Of a dense model of the Hub, the config is enough
+        if cached is not None and not read_quantization_config(model_path / CONFIG):
+            stored = False
+        else:
+            model_path = model_path if cached is None else fetch_model(HubName(cached[0]), cached[1])
+            stored = quantizing_program_or_none(model_path, "plan") is not None
         planned_techniques = _techniques_to_plan(arguments, optimizer, stored)
         if stored and (
             arguments.at_most or not all(isinstance(asked_technique, LoRA) for asked_technique in planned_techniques)

@@ -2,8 +2,11 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import lowmem
@@ -87,3 +90,66 @@ def test_bad_input_is_one_line(tmp_path, refused):
     with pytest.raises(ValueError, match="^out='.*a.gguf' lies in source='.*in', which it would change"):
         lowmem.export(source, source / "a.gguf")
     assert sorted(path.name for path in source.iterdir()) == before
+
+
+@pytest.fixture
+def tuned(place):
+    """An adapter that was trained on a base in q8_0, which GGUF holds exactly."""
+    pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+    options = ["--data", "text.txt", "--length", "48", "--steps", "2", "--lr", "0.01", "--format", "q8_0"]
+    assert main(["fit", "llama", *options, "--save", "tuned", "--keep-base"]) == 0
+    return Path("tuned")
+
+
+def names_here() -> set[str]:
+    return {path.name for path in Path().iterdir()}
+
+
+def test_an_adapter_goes_beside_its_base_with_the_codes_that_trained(tuned, capsys):
+    from lowmem.integrations.transformers import from_exact
+    from tests.integrations.transformers.folders import load
+
+    before = names_here()
+    assert main(["export", "tuned", "kept.gguf"]) == 0
+    assert "saved kept.gguf\nsaved kept-adapter.gguf\n" in capsys.readouterr().err
+    (tuned / "base").rename(tuned.parent / "elsewhere")
+    assert main(["export", "tuned", "stored.gguf"]) == 0
+    assert names_here() - before == {
+        "elsewhere", "kept.gguf", "kept-adapter.gguf", "stored.gguf", "stored-adapter.gguf"
+    }  # fmt: skip
+    for name in ("", "-adapter"):
+        assert Path(f"kept{name}.gguf").read_bytes() == Path(f"stored{name}.gguf").read_bytes()
+    code = "model.layers.0.mlp.up_proj.weight_packed"
+    assert torch.equal(from_exact("kept.gguf").state_dict()[code], load("elsewhere").state_dict()[code])
+
+
+def test_the_dense_base_of_an_adapter_is_exported_where_it_is_asked_for(tuned, capsys):
+    assert main(["export", "tuned", "dense.gguf", "--dense-base"]) == 0
+    with open_foreign_checkpoint(Path("dense.gguf")) as file:
+        assert file.tensors["model.layers.0.mlp.up_proj.weight"].kind == "F32"
+    assert Path("dense-adapter.gguf").is_file()
+
+
+def test_an_adapter_of_another_format_is_a_folder_of_peft(tuned):
+    argv = ["export", "tuned", "compressed", "--format", "compressed-tensors", "--requantize"]
+    assert main(argv) == 0
+    config = json.loads(Path("compressed-adapter", "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "compressed"
+    weights = [load_file(Path(folder, "adapter_model.safetensors")) for folder in ("tuned", "compressed-adapter")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_an_export_that_fails_leaves_neither_base_nor_adapter(tuned, refused):
+    before = names_here()
+    assert "cannot read 'none.gguf'" in refused("export", "tuned", "out.gguf", "--like", "none.gguf")
+    Path("out-adapter.gguf").touch()
+    assert "'out-adapter.gguf' exists" in refused("export", "tuned", "out.gguf")
+    Path("out-adapter.gguf").unlink()
+    told = refused("export", "tuned/base", "out.gguf", "--dense-base")
+    assert "--dense-base applies to an adapter, and IN='tuned/base' is none: leave it out" in told
+    assert "lies in the base=" in refused("export", "tuned", "llama/out.gguf", "--dense-base")
+    Path("llama").rename("elsewhere")
+    assert "name the base with --base" in refused("export", "tuned", "out.gguf", "--dense-base")
+    Path("elsewhere").rename("llama")
+    assert names_here() == before

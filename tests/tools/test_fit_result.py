@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import lowmem
 from lowmem.__main__ import main
-from tests.integrations.transformers.folders import load
+from lowmem.integrations.transformers import LowmemConfig
+from lowmem.tools import fit_job
+from tests.integrations.transformers.folders import assert_same, load
 from tests.tools.test_fit_language import fit
 
 
@@ -77,3 +79,43 @@ def test_the_card_of_an_adapter_of_a_gguf_file_says_how_it_opens(place):
     from lowmem.integrations.transformers import from_exact
 
     assert lowmem.adapter_names(lowmem.load_adapter(from_exact("base.gguf"), "out")) == ["default"]
+
+
+def test_a_kept_base_is_the_one_that_trained_and_generate_opens_it(place, capsys):
+    options = ["--data", "text.txt", "--length", "48", "--steps", "2", "--lr", "0.01", "--save", "out"]
+    assert main(["fit", "llama", *options, "--keep-base"]) == 0
+    assert_same(load("out/base"), load("llama", quantization_config=LowmemConfig(lowmem.FourBit())))
+    assert Path("out", "base", "tokenizer.json").is_file()
+    Path("llama").rename("elsewhere")
+    capsys.readouterr()
+    assert main(["generate", "out", "--prompt", "item 3", "--max-new-tokens", "4"]) == 0
+    told = capsys.readouterr().err
+    assert "note:" not in told
+    assert "the base of" in refused_by_main(capsys, "generate", "out", "--dense-base", "--prompt", "a")
+    assert main(["fit", "elsewhere", *options, "--keep-base", "--resume"]) == 0
+    assert "out is complete already" in capsys.readouterr().err
+
+
+def refused_by_main(capsys, *argv) -> str:
+    assert main(list(argv)) == 2
+    return capsys.readouterr().err
+
+
+def test_keeping_a_base_is_refused_where_it_is_not_stored_for_training(place, refused):
+    data = ["--data", "text.txt", "--keep-base"]
+    assert "name OUT with --save" in refused("fit", "llama", *data)
+    told = refused("fit", "llama", *data, "--save", "out", "--format", "dense")
+    assert "model='llama' is used as it is: leave it out" in told
+    assert main(["quantize", "llama", "small"]) == 0
+    assert "model='small' is used as it is" in refused("fit", "small", *data, "--save", "out")
+    assert not Path("out").exists()
+
+
+def test_a_large_base_is_told_of_the_option_that_keeps_it(place, capsys, monkeypatch):
+    argv = ["fit", "llama", "--data", "text.txt", "--length", "48", "--steps", "1"]
+    monkeypatch.setattr(fit_job, "KEPT_BASE_WEIGHTS", 10**4)
+    assert main([*argv, "--save", "out"]) == 0
+    assert "--keep-base writes it into OUT" in capsys.readouterr().err
+    for more in (["--save", "again", "--keep-base"], ["--save", "third", "--format", "dense"], []):
+        assert main([*argv, *more]) == 0
+        assert "--keep-base" not in capsys.readouterr().err.replace("--save again --keep-base", "")

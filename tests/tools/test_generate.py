@@ -149,7 +149,7 @@ def test_an_interrupt_keeps_what_was_written(folders, capsys, monkeypatch):
 
 @pytest.mark.usefixtures("terminal_signals")
 def test_an_interrupt_while_the_model_is_read_ends_it_with_130(folders, capsys, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("lowmem.integrations.transformers.text_generation.open_model_and_tokenizer", interrupted)

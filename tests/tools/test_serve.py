@@ -28,6 +28,8 @@ needs_server = pytest.mark.skipif(
     not is_serve_available(), reason="transformers[serving] is not installed: tox -e transformers"
 )
 
+OFFLINE = "1"
+
 
 @contextmanager
 def serving(folder, *options):
@@ -36,7 +38,9 @@ def serving(folder, *options):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "lowmem", "serve", str(folder), "--port", str(port), *options]
-    server = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        command, env=dict(os.environ) | {"HF_HUB_OFFLINE": OFFLINE}, stderr=subprocess.PIPE, text=True
+    )
     try:
         _wait(server, port)
         yield port
@@ -132,10 +136,8 @@ def test_an_adapter_is_refused_with_the_command_that_helps(tmp_path, refused, mo
     adapter = Path("adapter")
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    for command in (["serve", str(adapter)], ["export", str(adapter), "out.gguf"]):
-        assert f"adapters: default; lowmem merge BASE {adapter} OUT writes a model to {command[0]}" in refused(
-            *command
-        )
+    told = refused("serve", str(adapter))
+    assert f"adapters: default; lowmem merge BASE {adapter} OUT writes a model to serve" in told
     (adapter / "other").mkdir()
     (adapter / "other" / "adapter_config.json").write_text("{}")
     assert f"adapters: default, other; lowmem merge BASE {adapter} OUT --adapter NAME" in refused(
@@ -147,3 +149,21 @@ def test_a_missing_server_is_told_with_the_package_that_brings_it(tmp_path, caps
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
     assert main(["serve", str(write(tmp_path / "dense"))]) == 2
     assert "pip install 'transformers[serving]'" in capsys.readouterr().err
+
+
+@pytest.mark.processes
+@needs_server
+def test_an_adapter_with_its_kept_base_is_served(place, capsys):
+    options = ["--data", "text.txt", "--length", "48", "--steps", "3", "--lr", "0.05", "--save", "tuned"]
+    assert main(["fit", "llama", *options, "--keep-base"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("tuned").rglob("*")}
+    capsys.readouterr()
+    assert main(["generate", "tuned", "--prompt", "item", "--max-new-tokens", "8", "--temperature", "0"]) == 0
+    text = capsys.readouterr().out.removesuffix("\n")
+    with serving("tuned") as port:
+        body = json.dumps({"prompt": "item", "max_tokens": 8, "temperature": 0, "model": "tuned"})
+        status, told = _asked(port, "/v1/completions", body)
+        assert (status, told["choices"][0]["text"]) == (200, text)
+        with urllib.request.urlopen(f"http://localhost:{port}/v1/models") as answer:
+            assert [one["id"] for one in json.load(answer)["data"]] == ["tuned"]
+    assert {path: path.stat().st_mtime_ns for path in Path("tuned").rglob("*")} == before

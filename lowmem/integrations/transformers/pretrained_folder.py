@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -454,6 +454,28 @@ def _disabled_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             bars.enable_progress_bar()
+
+
+@contextmanager
+def weights_read_reported(progress: Callable[[int, int], None]) -> Iterator[None]:
+    """Call ``progress`` in the block with how many weights of a model transformers has read, and of how many."""
+
+    def report_items(items: Collection[Any]) -> Iterator[Any]:
+        for done, item in enumerate(items):
+            progress(done, len(items))
+            yield item
+        progress(len(items), len(items))
+
+    def make_bar(factory: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        sized = bool(arguments) and isinstance(arguments[0], Collection)
+        return report_items(arguments[0]) if sized else factory(*arguments, **options)
+
+    bars = transformers.utils.logging
+    before = bars.set_tqdm_hook(make_bar)
+    try:
+        yield
+    finally:
+        bars.set_tqdm_hook(before)
 
 
 def _iterate_parameter_rows(model: nn.Module) -> Iterator[TensorConversionRow]:

@@ -21,6 +21,7 @@ from lowmem.integrations.transformers.text_tokenizer import (
     split_paragraphs,
     tokenizer_errors_as_file_errors,
 )
+from lowmem.io.hub_names import displayed_model_name
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.calibration.model_runs import replaced_forward
 from lowmem.transforms.module_registry import all_paths_by_module, layer_display_name
@@ -232,7 +233,7 @@ class _PredictionComparison(_TextComparison):
         total = float(counts.sum())
         compared = self is not baseline
         return LanguageModelScore(
-            model=str(self._folder),
+            model=displayed_model_name(self._folder),
             tokens=int(total),
             perplexity=_exp_or_inf(float(losses.sum()) / total),
             divergence=_loss_clamped_at_zero(float(divergences.sum()) / total),
@@ -295,7 +296,7 @@ class _EmbeddingComparison(_TextComparison):
         """Return the means."""
         cosines = torch.cat(self._cosines)
         return EmbeddingSimilarity(
-            model=str(self._folder),
+            model=displayed_model_name(self._folder),
             paragraphs=len(cosines),
             cosine=float(cosines.mean()),
             lowest=float(cosines.min()),

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TextStreamer
 
 from lowmem.errors import file_error, short_repr
-from lowmem.integrations.transformers.pretrained_folder import load_folder_or_gguf
+from lowmem.integrations.transformers.hub_models import download_model
+from lowmem.integrations.transformers.model_facts import quantizing_program_or_none
+from lowmem.integrations.transformers.pretrained_folder import (
+    load_folder,
+    load_folder_or_gguf,
+    weights_read_reported,
+)
+from lowmem.integrations.transformers.quantization_config import LowmemConfig
 from lowmem.integrations.transformers.text_tokenizer import TextTokenizer, read_tokenizer
 from lowmem.io.adapter_files import (
     choose_adapter_name_or_none,
@@ -20,6 +27,8 @@ from lowmem.io.adapter_files import (
 from lowmem.io.filesystem import has_magic_bytes
 from lowmem.io.formats.gguf.gguf_file import MAGIC
 from lowmem.io.formats.peft.peft_reader import CONFIG, adapter_folders_without_model
+from lowmem.io.hub_names import is_hub_name
+from lowmem.io.training_record import KEPT_BASE, StorageTechnique, read_training_technique_or_none
 from lowmem.transforms.named_adapters import activate, adapter_names, deactivate
 
 
@@ -40,25 +49,67 @@ class TokenCountingStreamer(TextStreamer):  # type: ignore[misc]
         super().put(value)
 
 
-def adapter_base_path(adapter_folder: Path) -> Path:
-    """Return the base that an adapter's folder names, as a path.
+def adapter_base_path(adapter_folder: Path, fetch_base: Callable[[str, str | None], Path] = download_model) -> Path:
+    """Return the base that an adapter's folder names, as a path; ``fetch_base`` returns that of a name on the Hub.
 
     Raises:
-        FileError: it names none, or one that is not on this machine.
+        FileError: it names none, or one that is neither on this machine nor to be had from the Hub.
         OSError: its config cannot be read.
     """
-    name = read_adapter_summary(adapter_folder).base
+    _, _, name, revision = read_adapter_summary(adapter_folder)
     if name is not None:
         base_path = next((base for base in (Path(name), adapter_folder / name) if base.exists()), None)
         if base_path is not None:
             return base_path
+        if is_hub_name(name):
+            try:
+                return fetch_base(name, revision)
+            except ValueError as error:
+                why = f"{error}; or name the base with --base"
+                raise file_error(adapter_folder, why, "find the base of") from error
     what = "is no folder or file here" if name else "names no base"
     why = f"base_model_name_or_path={short_repr(name)} of its {CONFIG} {what}: name the base with --base"
     raise file_error(adapter_folder, why, "find the base of")
 
 
+def adapter_base_and_technique(
+    adapter_folder: Path,
+    base: Path | None = None,
+    dense_base: bool = False,
+    fetch_base: Callable[[str, str | None], Path] = download_model,
+) -> tuple[Path, StorageTechnique]:
+    """Return the base of an adapter, and how to store it: as ``lowmem fit`` stored it while the adapter trained.
+
+    Args:
+        adapter_folder: a folder of PEFT, or a file of ``save_adapter``, which says neither.
+        base: None takes the base that ``fit --keep-base`` wrote beside the adapter, or the one that the config names.
+        dense_base: whether a dense base stays dense.
+        fetch_base: returns the folder of a name and a revision on the Hub.
+
+    Raises:
+        FileError, OSError: as ``adapter_base_path``, or the record of the training is damaged.
+    """
+    if adapter_folder.is_file():
+        assert base is not None
+        return base, None
+    kept = adapter_folder / KEPT_BASE
+    if base is None and not dense_base and kept.is_dir():
+        return kept, None
+    path = adapter_base_path(adapter_folder, fetch_base) if base is None else base
+    technique = None if dense_base else read_training_technique_or_none(adapter_folder)
+    if technique is not None and (adapter_folders_without_model(path) or quantizing_program_or_none(path, "load")):
+        technique = None
+    return path, technique
+
+
 def open_model_and_tokenizer(
-    path: Path, base: Path | None = None, adapter_name: str | None = None
+    path: Path,
+    base: Path | None = None,
+    adapter_name: str | None = None,
+    *,
+    dense_base: bool = False,
+    fetch_base: Callable[[str, str | None], Path] = download_model,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Any, Any]:
     """Return a causal language model in evaluation mode, and its tokenizer. No code of a folder is run.
 
@@ -67,11 +118,14 @@ def open_model_and_tokenizer(
             adapter_name: a folder of PEFT, or a file of ``save_adapter``.
         base: the base of an adapter, of the same kinds as ``path``; None takes the base that the config names.
         adapter_name: the name of the adapter to use, if the model or the folder of PEFT has several.
+        dense_base: whether an adapter's dense base stays dense; otherwise it is stored as ``lowmem fit`` stored it.
+        fetch_base: returns the folder of a base that an adapter names on the Hub, by its name and revision.
+        progress: called with the number of weights that were read, and of all.
 
     Raises:
         FileError: as ``load_folder``, ``load_gguf`` and ``load_adapter``; or the adapter's base is not here.
-        ValueError: the model does not generate text, ``base`` of what is no adapter, or an ``adapter_name`` that it
-            has not, or several without a choice.
+        ValueError: the model does not generate text, ``base`` or ``dense_base`` of what is no adapter, or an
+            ``adapter_name`` that it has not, or several without a choice.
     """
     model: Any
     is_alone = bool(adapter_folders_without_model(path))
@@ -79,16 +133,23 @@ def open_model_and_tokenizer(
         if base is None and not is_alone:
             raise ValueError(f"{str(path)!r} is no GGUF file: if it is an adapter's file, name its base with --base")
         place, name = resolve_adapter_path_and_name(path, adapter_name)
-        model, tokenizer = open_model_and_tokenizer(adapter_base_path(place) if base is None else base)
+        base_path, technique = adapter_base_and_technique(place, base, dense_base, fetch_base)
+        if technique is None:
+            model, tokenizer = open_model_and_tokenizer(base_path, fetch_base=fetch_base, progress=progress)
+        else:
+            with weights_read_reported(progress):
+                model = load_folder(base_path, LowmemConfig(technique))
+            tokenizer = read_tokenizer(base_path)
         model = load_adapter(model, place, name).eval()
         if is_alone and any((path / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
             tokenizer = read_tokenizer(path)
-    elif base is not None:
-        raise ValueError(
-            f"--base={str(base)!r} applies to adapters alone, and {str(path)!r} is a model: leave it out"
-        )
+    elif base is not None or dense_base:
+        option = f"--base={str(base)!r}" if base is not None else "--dense-base"
+        raise ValueError(f"{option} applies to adapters alone, and {str(path)!r} is a model: leave it out")
     else:
-        model, tokenizer = load_folder_or_gguf(path), read_tokenizer(path)
+        with weights_read_reported(progress):
+            model = load_folder_or_gguf(path)
+        tokenizer = read_tokenizer(path)
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise ValueError(f"model={str(path)!r} is a {type(model).__name__}, which generates no text")
     chosen = choose_adapter_name_or_none(path, adapter_names(model), adapter_name)

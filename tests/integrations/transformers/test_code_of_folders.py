@@ -18,6 +18,7 @@ import lowmem
 from lowmem import FileError, FourBit, LoRA
 from lowmem.__main__ import main
 from lowmem.integrations.transformers import LowmemConfig, from_exact
+from lowmem.integrations.transformers.adapted_folder import write_base_with_adapter, write_base_with_tokenizer
 from lowmem.integrations.transformers.folder_calibration import calibrate_folder
 from lowmem.integrations.transformers.foreign_checkpoint import transformers_config
 from lowmem.integrations.transformers.model_facts import (
@@ -284,6 +285,8 @@ FUNCTIONS = {
     "transformers_config": transformers_config,
     "open_model_and_tokenizer": open_model_and_tokenizer,
     "open_model_and_tokenizer of an adapter": lambda folder: open_model_and_tokenizer(Path("adapter"), folder),
+    "write_base_with_adapter": lambda folder: write_base_with_adapter(folder, Path("adapter"), Path("out")),
+    "write_base_with_tokenizer": lambda folder: write_base_with_tokenizer(folder, Path("adapter"), Path("out")),
     "adapter_base_path": lambda folder: open_model_and_tokenizer(Path("adapter")),
     "read_tokenizer": read_tokenizer,
     "gguf_tokenizer_fields": lambda folder: tokenizer_and_chat_template_fields(folder, {}, 258),

@@ -5,9 +5,16 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lowmem
 from lowmem.errors import FileError
-from lowmem.integrations.transformers.text_generation import adapter_base_path, end_token_ids
-from tests.integrations.transformers.folders import write
+from lowmem.integrations.transformers import LowmemConfig
+from lowmem.integrations.transformers.text_generation import (
+    adapter_base_path,
+    end_token_ids,
+    open_model_and_tokenizer,
+)
+from lowmem.io.training_record import RECORD_FILE, technique_format_name
+from tests.integrations.transformers.folders import assert_same, load, write
 from tests.integrations.transformers.tokens import write_tokenizer
 
 CHAT = "{% for m in messages %}<s>{{ m['content'] }}<s>\n{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
@@ -42,3 +49,38 @@ def test_a_base_is_found_from_the_adapters_own_folder(tmp_path):
         (tmp_path / folder).mkdir()
     write_config(tmp_path / "adapter", "../base")
     assert adapter_base_path(tmp_path / "adapter").samefile(tmp_path / "base")
+
+
+def write_adapter_of_training(home, **run):
+    """Write a dense folder, and return the folder of an adapter that was trained on it as ``run`` says."""
+    write_tokenizer(write(home / "dense"))
+    model = lowmem.add_adapter(load(home / "dense"), "default", lowmem.LoRA(4))
+    lowmem.save_adapter(model, home / "tuned", format="peft", base_name=str(home / "dense"))
+    (home / "tuned" / RECORD_FILE).write_text(json.dumps({"run": run}))
+    return home / "tuned"
+
+
+@pytest.mark.parametrize("technique", [lowmem.FourBit(), lowmem.FourBit("nf4", embeddings="4bit"), lowmem.Half()])
+def test_a_base_is_stored_as_it_was_while_its_adapter_trained(tmp_path, technique):
+    run = {"format": technique_format_name(technique), "embeddings": getattr(technique, "embeddings", None)}
+    tuned = write_adapter_of_training(tmp_path, **run)
+    counts = []
+    model, _ = open_model_and_tokenizer(tuned, progress=lambda done, total: counts.append((done, total)))
+    expected = load(tmp_path / "dense", quantization_config=LowmemConfig(technique))
+    assert_same(model, lowmem.load_adapter(expected, tuned))
+    assert counts[0][0] == 0
+    assert counts[-1] == (counts[0][1],) * 2
+    assert counts == sorted(counts)
+    named, _ = open_model_and_tokenizer(tuned, tmp_path / "dense")
+    assert_same(named, model)
+    dense, _ = open_model_and_tokenizer(tuned, dense_base=True)
+    assert_same(dense, lowmem.load_adapter(load(tmp_path / "dense"), tuned))
+
+
+def test_a_base_that_is_stored_already_stays_as_it_is(tmp_path):
+    tuned = write_adapter_of_training(tmp_path, format="nf4")
+    stored = tmp_path / "stored" / "dense"
+    load(tmp_path / "dense", quantization_config=LowmemConfig(lowmem.EightBit())).save_pretrained(stored)
+    write_tokenizer(stored)
+    model, _ = open_model_and_tokenizer(tuned, stored)
+    assert_same(model, lowmem.load_adapter(load(stored), tuned))

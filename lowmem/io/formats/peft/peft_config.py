@@ -20,7 +20,7 @@ MERGE = "merge it in PEFT, merge_and_unload(), and convert the model that this r
 
 # Keys that do not change what a trained adapter computes.
 _WITHOUT_EFFECT = {
-    "r", "lora_alpha", "peft_type", "auto_mapping", "parent_library", "revision", "task_type",
+    "r", "lora_alpha", "peft_type", "auto_mapping", "parent_library", "task_type",
     "inference_mode", "peft_version", "runtime_config", "megatron_core", "fan_in_fan_out", "init_lora_weights",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
 }  # fmt: skip
@@ -55,6 +55,7 @@ def _is_integer_or_list_of_integers(value: Any) -> bool:
 # By key: what stands for None, whether another value fits, and what it must be.
 _FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "base_model_name_or_path": ("", lambda item: isinstance(item, str), "must be a string"),
+    "revision": ("", lambda item: isinstance(item, str), "must be a string"),
     "lora_dropout": (0, lambda item: type(item) in (int, float) and 0 <= item < 1, "must be at least 0 and below 1"),
     "use_rslora": (False, lambda item: isinstance(item, bool), "must be true or false"),
     "bias": ("none", lambda item: item in _BIASES, f"is none of {', '.join(_BIASES)}"),
@@ -84,6 +85,7 @@ class PeftConfig:
         biases: whether biases of the base are stored, too.
         names_modules: whether the config alone says which modules are adapted; otherwise the names of the tensors do.
         base: the name of the base, or None.
+        base_revision: the commit, branch or tag of the base on the Hub, or None.
 
     Raises:
         ValueError: it is no config of LoRA, or has something without a form here.
@@ -133,6 +135,7 @@ class PeftConfig:
         self.target_parameters = frozenset(field_values["target_parameters"])
         self.biases = field_values["bias"] != "none"
         self.base = field_values["base_model_name_or_path"] or None
+        self.base_revision = field_values["revision"] or None
         self._targets, self._excluded = (
             _module_matcher_or_none(field_values["target_modules"]),
             _module_matcher_or_none(field_values["exclude_modules"]),

@@ -15,9 +15,11 @@ from lowmem.errors import file_error, printable_line, short_repr, value_errors_a
 from lowmem.io.filesystem import read_errors_with_path
 from lowmem.io.formats.peft.peft_config import MERGE, PeftConfig
 from lowmem.io.formats.peft.peft_layout import PREFIX, PeftTargetLayers, dense_parameter_names
+from lowmem.io.hub_names import displayed_model_name
 from lowmem.io.model_folder import read_json_object
 from lowmem.io.safetensors_checkpoint import SafetensorsFile
 from lowmem.io.safetensors_header import TensorSpec
+from lowmem.io.training_record import KEPT_BASE
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter_bank import unadapted_parameter
 from lowmem.nn.adapter_buffers import CHILD, buffers_of_adapter_or_base
@@ -82,7 +84,7 @@ def read_peft_content(folder: Path, model: nn.Module) -> AdapterContent:
         content = _PeftAdapterReader(
             model, config, dict(file.specs), file.read_tensor
         ).match_to_model_and_read_content()
-    _warn_if_base_name_differs(model, config)
+    _warn_if_base_name_differs(folder, model, config)
     return content
 
 
@@ -381,11 +383,14 @@ def _is_equal_tensor(tensor: Tensor, other: Tensor) -> bool:
     return tensor is other or (tensor.dtype is other.dtype and bool((tensor == other).all()))
 
 
-def _warn_if_base_name_differs(model: nn.Module, config: PeftConfig) -> None:
+def _warn_if_base_name_differs(folder: Path, model: nn.Module, config: PeftConfig) -> None:
     model_base = getattr(getattr(model, "config", None), "_name_or_path", None)
     if not config.base or not isinstance(model_base, str) or not model_base:
         return
-    names = [re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower() for name in (config.base, model_base)]
+    if Path(model_base) == folder / KEPT_BASE:
+        return
+    bases = config.base, displayed_model_name(model_base)
+    names = [re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower() for name in bases]
     if names[0] != names[1]:
         warnings.warn(
             f"the adapter says that it was trained on {short_repr(config.base)}, and the model comes from "

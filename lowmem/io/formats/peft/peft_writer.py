@@ -20,6 +20,7 @@ from lowmem.io.filesystem import atomic_folder, write_atomically
 from lowmem.io.formats.peft.peft_config import dotted_path_suffixes
 from lowmem.io.formats.peft.peft_layout import PREFIX, PeftTargetLayers, dense_parameter_names
 from lowmem.io.formats.peft.peft_reader import CONFIG, WEIGHTS
+from lowmem.io.hub_names import hub_name_and_commit_or_none
 from lowmem.io.lowmem_file import write_plain_safetensors_atomically
 from lowmem.io.safetensors_header import TensorSpec
 from lowmem.nn.adapted_module import AdaptedModule
@@ -47,9 +48,10 @@ def write_peft_folder(
     """
     writing = _PeftFolderBuilder(model, adapters_by_path, buffers)
     tensors = writing.tensors_by_file_name()
-    config = writing.build_adapter_config_or_warn() | {
-        "base_model_name_or_path": base_name or _hub_name_or_none(model)
-    }
+    hub_name, commit = _hub_name_and_commit(model)
+    base_name = base_name or hub_name
+    config = writing.build_adapter_config_or_warn() | {"base_model_name_or_path": base_name}
+    config["revision"] = commit if base_name == hub_name else None
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     with atomic_folder(folder) as partial:
         specs = {key: TensorSpec.from_tensor(tensor) for key, tensor in tensors.items()}
@@ -168,6 +170,7 @@ class _PeftFolderBuilder:
         return {
             "peft_type": "LORA",
             "task_type": _causal_lm_task_or_none(self._model),
+            # Of the base, as in PEFT
             "revision": None,
             "inference_mode": True,
             "r": rank,
@@ -237,9 +240,11 @@ def _causal_lm_task_or_none(model: nn.Module) -> str | None:
     return "CAUSAL_LM" if generates else None
 
 
-def _hub_name_or_none(model: nn.Module) -> str | None:
-    """Return the name of the base in a hub; a path of this machine means nothing elsewhere."""
+def _hub_name_and_commit(model: nn.Module) -> tuple[str | None, str | None]:
+    """Return the name of the base on the Hub, and its commit; a path of this machine means nothing elsewhere."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if isinstance(name, str) and (cached := hub_name_and_commit_or_none(name)) is not None:
+        return cached
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or os.path.exists(name):
-        return None
-    return None if name.startswith(".") else name
+        return None, None
+    return (None, None) if name.startswith(".") else (name, None)
