@@ -1,26 +1,36 @@
-"""Reads text files for fine-tuning into token sequences, and marks the tokens that the model learns to predict: those
-of completions and of the assistant's messages, and all of plain text."""
+"""Turns rows of data files into token sequences, and marks the tokens that the model learns to predict: those of
+completions and of the assistant's messages, and all of plain text."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from lowmem.errors import file_error, short_repr
-from lowmem.io.filesystem import read_text_and_sha256
+from lowmem.finetuning.data_files import DataFile, combined_digest, read_data_files
+from lowmem.finetuning.row_kinds import Completion, Conversation, PlainText, RowOptions, convert_row
 
 IGNORED = -100
 """Target of a token whose successor is not to be predicted: ``ignore_index`` of torch's cross entropy."""
 
-KINDS = (".txt", ".jsonl")
+TEXT_FILE = "text file"
+PROMPTS_AS_CHAT = "prompt and completion in the chat template"
+
+ALL_MASKED = "no token counts"
+"""The finding of a row of which nothing is learned."""
+
+NO_END = "no special token ends the answer, so that the model does not learn to stop"
+DOUBLE_START = "two tokens begin the text, of which the tokenizer or the chat template writes one"
 
 
 class Tokenizer(Protocol):
@@ -41,6 +51,25 @@ class Tokenizer(Protocol):
         Raises:
             ValueError: the tokenizer has no chat template, or the template rejects this conversation.
         """
+
+
+@runtime_checkable
+class ToolTokenizer(Tokenizer, Protocol):
+    """A tokenizer that formats tools, and encodes pieces of a text as they are in the text.
+
+    Attributes:
+        special: the special tokens, with those that end a turn.
+    """
+
+    special: set[int]
+
+    def encode_pieces(self, pieces: Sequence[str]) -> Sequence[Sequence[int]]:
+        """Return the tokens of each piece of a text."""
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> Sequence[tuple[str, bool]]:
+        """As ``Tokenizer.chat``, with the definitions of tools."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +112,9 @@ class Texts:
         ends: for each prompt with a completion and each conversation, the number of tokens up to the one that ends
             the last answer. Where that token is cut off, the model does not learn to end.
         chats: whether there are conversations.
+        places: of each example, the row that it is of, as ``line 3``.
+        findings: what is wrong with rows, each with their number and the first one's place.
+        kinds: the number of rows of each kind.
     """
 
     examples: list[Example]
@@ -93,6 +125,9 @@ class Texts:
     length: int = 0
     ends: tuple[int, ...] = ()
     chats: bool = False
+    places: tuple[str, ...] = ()
+    findings: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    kinds: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def lost_ends(self) -> int:
@@ -121,121 +156,188 @@ class Texts:
             generator = torch.Generator("cpu").manual_seed(seed)
             order = torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")
         parts = order[:-held].sort().values, order[-held:].sort().values
-        first, second = ([self.examples[number] for number in part.tolist()] for part in parts)
-        template = replace(self, examples=[], cut=0, dropped=0, ends=())
-        return replace(template, examples=first), replace(template, examples=second)
+        template = replace(self, cut=0, dropped=0, ends=(), findings={})
+        first, second = (
+            replace(
+                template,
+                examples=[self.examples[number] for number in part.tolist()],
+                places=tuple(self.places[number] for number in part.tolist()),
+            )
+            for part in parts
+        )
+        return first, second
+
+    def places_in(self, other: Texts) -> list[str]:
+        """Return the places of the examples that ``other`` has, too."""
+        others = {example.ids.numpy().tobytes() for example in other.examples}
+        return [
+            place
+            for example, place in zip(self.examples, self.places, strict=True)
+            if example.ids.numpy().tobytes() in others
+        ]
 
 
 def read_examples(path: str | os.PathLike[str], tokenizer: Tokenizer, length: int) -> Texts:
-    """Read the examples of a ``.txt`` or ``.jsonl`` file.
+    """Read the examples of a file, or of the files of a folder.
 
-    A ``.txt`` file and each ``text`` of a ``.jsonl`` file are cut into windows of ``length`` tokens. A prompt with
-    its completion, and messages, are truncated to ``length`` tokens.
+    A ``.txt`` file and each ``text`` of a row are cut into windows of ``length`` tokens. A prompt with its
+    completion, and messages, are truncated to ``length`` tokens.
 
     Args:
-        path: of the file, in UTF-8.
+        path: of a file in UTF-8 (``.txt``, ``.jsonl``, ``.json``, ``.csv``, ``.tsv``), a ``.parquet`` file, or a
+            folder of such files.
         tokenizer: the model's.
         length: the most tokens of an example, at least 2.
 
     Raises:
-        FileError: the file has another suffix, is empty, is not UTF-8, or has no token to predict; or a line is not
-            such an object: its number is named.
+        FileError: the file has another suffix, is empty, is not UTF-8, or has no token to predict; or a row is of no
+            known kind: the first one's number is named.
         ValueError: ``length`` is below 2.
         OSError: the file cannot be read.
     """
+    check_length(length)
+    rows = encode_rows(read_data_files(Path(path)), tokenizer, RowOptions())
+    if rows.mistakes:
+        place, mistake = rows.mistakes[0]
+        others = f"; {len(rows.mistakes) - 1} more rows have mistakes" if len(rows.mistakes) > 1 else ""
+        raise file_error(path, f"{place}: {mistake}{others}")
+    return rows.texts(length, os.fspath(path))
+
+
+def check_length(length: int) -> None:
+    """Raise a ValueError unless ``length`` is a number of tokens, at least 2."""
     if isinstance(length, bool) or not isinstance(length, int) or length < 2:
         raise ValueError(f"length={short_repr(length)} must be a number of tokens, at least 2")
-    path = Path(path)
-    if path.suffix not in KINDS:
-        raise file_error(path, f"its name must end in {' or '.join(KINDS)}")
-    text, digest = read_text_and_sha256(path)
-    if not text.strip():
-        raise file_error(path, "it is empty; name a file with text")
-    in_order = path.suffix == ".txt"
-    examples: list[Example] = []
-    dropped = 0
-    lines = (
-        [_LineExamples(_split_into_window_examples(text, tokenizer, length))]
-        if in_order
-        else [*_iterate_line_examples(path, text, tokenizer, length)]
-    )
-    for line in lines:
-        examples_with_targets = [window for window in line.examples if window.counted]
-        examples += examples_with_targets
-        dropped += not examples_with_targets
-    cut = sum(line.cut for line in lines)
-    if not examples:
-        why = "one token, which follows nothing" if not cut else f"no token that counts among its first {length}"
-        raise file_error(path, f"of all of its texts the model sees {why}; take longer texts, or a larger length")
-    ends = tuple(line.end for line in lines if line.end is not None)
-    return Texts(examples, digest, in_order, cut, dropped, length, ends, any(line.is_chat for line in lines))
 
 
 @dataclass(frozen=True)
-class _LineExamples:
-    """What a line holds, and whether it was truncated; the rest is as in ``Texts``."""
+class EncodedRow:
+    """The tokens of a row, and whether each counts; the rest is as in ``Texts``.
 
-    examples: list[Example]
-    cut: bool = False
+    Args:
+        is_windowed: whether it is a text that is cut into windows, and not truncated.
+        findings: what is wrong with it.
+    """
+
+    place: str
+    kind: str
+    tokens: array[int]
+    counts: bytes
     end: int | None = None
+    is_windowed: bool = False
     is_chat: bool = False
+    findings: tuple[str, ...] = ()
+
+    def examples(self, length: int) -> list[Example]:
+        """Return its windows, or the one example that it is cut to."""
+        starts = range(0, len(self.tokens), length) if self.is_windowed else (0,)
+        parts = (slice(start, start + length) for start in starts)
+        return [Example.of(self.tokens[part], [*map(bool, self.counts[part])]) for part in parts]
 
 
-def _iterate_line_examples(path: Path, text: str, tokenizer: Tokenizer, length: int) -> Iterator[_LineExamples]:
-    """Yield what each line holds."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield _parse_line_examples(line, tokenizer, length)
-            except (ValueError, TypeError) as reason:
-                raise file_error(path, f"line {number}: {reason}") from reason
+@dataclass(frozen=True)
+class EncodedRows:
+    """The rows of all files.
 
+    Args:
+        mistakes: the place and the mistake of each row that cannot be read.
+        is_one_text: whether they are one ``.txt`` file.
+    """
 
-def _parse_line_examples(line: str, tokenizer: Tokenizer, length: int) -> _LineExamples:
-    record = _parse_json_object(line)
-    matching_keys = [
-        keys for keys in (("text",), ("prompt", "completion"), ("messages",)) if set(keys) <= record.keys()
-    ]
-    if len(matching_keys) != 1:
-        what = (
-            f"keys {', '.join(map(short_repr, record)) or 'of nothing'}"
-            if not matching_keys
-            else "more than one kind of text"
+    rows: list[EncodedRow]
+    mistakes: list[tuple[str, str]]
+    digest: str
+    is_one_text: bool
+
+    def default_length(self, quantile: float = 0.99, step: int = 64, window: int = 512) -> int:
+        """Return the length that keeps this share of the rows, in steps, and windows of ``.txt`` files."""
+        lengths = sorted(len(row.tokens) for row in self.rows if row.kind != TEXT_FILE)
+        needed = math.ceil(lengths[math.ceil(quantile * len(lengths)) - 1] / step) * step if lengths else 0
+        return max(needed, window if len(lengths) < len(self.rows) else step)
+
+    def texts(self, length: int, name: str, window: int | None = None) -> Texts:
+        """Return the examples of at most ``length`` tokens; of ``.txt`` files of at most ``window``.
+
+        Raises:
+            FileError: no token counts.
+        """
+        examples: list[Example] = []
+        places: list[str] = []
+        findings = [(finding, row.place) for row in self.rows for finding in row.findings]
+        for row in self.rows:
+            counted = [
+                example
+                for example in row.examples(min(window or length, length) if row.kind == TEXT_FILE else length)
+                if example.counted
+            ]
+            examples += counted
+            places += [row.place] * len(counted)
+            if not counted:
+                findings.append((ALL_MASKED, row.place))
+        cut = sum(len(row.tokens) > length and not row.is_windowed for row in self.rows)
+        if not examples:
+            why = "one token, which follows nothing" if not cut else f"no token that counts among its first {length}"
+            raise file_error(name, f"of all of its texts the model sees {why}; take longer texts, or a larger length")
+        counts = Counter(finding for finding, _ in findings)
+        # The first place of each stands
+        firsts = dict(reversed(findings))
+        return Texts(
+            examples,
+            self.digest,
+            self.is_one_text,
+            cut,
+            counts[ALL_MASKED],
+            length,
+            tuple(row.end for row in self.rows if row.end is not None),
+            any(row.is_chat for row in self.rows),
+            tuple(places),
+            {finding: (number, firsts[finding]) for finding, number in counts.items()},
+            Counter(row.kind for row in self.rows),
         )
-        raise ValueError(f"it has {what}; give it text, or prompt and completion, or messages")
-    for key in matching_keys[0]:
-        if key != "messages" and not (isinstance(record[key], str) and record[key]):
-            raise ValueError(f"{key}={short_repr(record[key])} must be a text that is not empty")
-    if matching_keys[0] == ("text",):
-        return _LineExamples(_split_into_window_examples(record["text"], tokenizer, length))
-    is_chat = matching_keys[0] == ("messages",)
-    tokens, counts, end = (
-        _conversation_tokens_mask_and_end(record["messages"], tokenizer)
-        if is_chat
-        else _completion_tokens_mask_and_end(record["prompt"], record["completion"], tokenizer)
+
+
+def encode_rows(files: Sequence[DataFile], tokenizer: Tokenizer, options: RowOptions) -> EncodedRows:
+    """Return the tokens of all rows of files, and the mistakes of those that cannot be read."""
+    encoded: list[EncodedRow] = []
+    mistakes: list[tuple[str, str]] = []
+    for file in files:
+        for row in file.rows:
+            place = row.place if len(files) == 1 else f"{row.place} of {file.name}"
+            try:
+                if row.mistake is not None:
+                    raise ValueError(row.mistake)
+                encoded.append(_encode_row(place, row.content, tokenizer, options))
+            except (ValueError, TypeError) as reason:
+                mistakes.append((place, str(reason)))
+    is_one_text = len(files) == 1 and [row.kind for row in encoded] == [TEXT_FILE]
+    return EncodedRows(encoded, mistakes, combined_digest(files), is_one_text)
+
+
+def _encode_row(place: str, content: Any, tokenizer: Tokenizer, options: RowOptions) -> EncodedRow:
+    kind, row = convert_row(content, options)
+    end: int | None = None
+    findings: tuple[str, ...] = ()
+    if isinstance(row, PlainText):
+        tokens = _tokens_with_end_token([*tokenizer.encode(row.text, True)], tokenizer)
+        counts = [True] * len(tokens)
+        kind = TEXT_FILE if isinstance(content, str) else kind
+    elif isinstance(row, Completion):
+        tokens, counts, end = _completion_tokens_mask_and_end(row.prompt, row.completion, tokenizer)
+        findings = () if tokenizer.end is not None else (NO_END,)
+        kind = f"{kind} as plain text"
+    else:
+        tokens, counts, end, findings = _conversation_tokens_mask_end_and_findings(row, tokenizer)
+        kind = PROMPTS_AS_CHAT if row.prompt_messages else kind
+    return EncodedRow(
+        place,
+        kind,
+        array("i", tokens),
+        bytes(counts),
+        end,
+        is_windowed=isinstance(row, PlainText),
+        is_chat=isinstance(row, Conversation),
+        findings=(*_start_findings(tokens, tokenizer), *findings),
     )
-    return _LineExamples([Example.of(tokens[:length], counts[:length])], len(tokens) > length, end, is_chat)
-
-
-def _parse_json_object(line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{short_repr(line)} is no JSON object; a .jsonl file has one in each line") from None
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"it has half of a surrogate pair, which is no text: {short_repr(line)}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{short_repr(record)} is no JSON object; a .jsonl file has one in each line")
-    return record
-
-
-def _split_into_window_examples(text: str, tokenizer: Tokenizer, length: int) -> list[Example]:
-    """Return the windows of a text, all of whose tokens count."""
-    tokens = _tokens_with_end_token([*tokenizer.encode(text, True)], tokenizer)
-    parts = [tokens[start : start + length] for start in range(0, len(tokens), length)]
-    return [Example.of(part, [True] * len(part)) for part in parts]
 
 
 def _completion_tokens_mask_and_end(
@@ -250,28 +352,53 @@ def _completion_tokens_mask_and_end(
     return before + after, [False] * len(before) + [True] * len(after), len(before) + len(after)
 
 
-def _conversation_tokens_mask_and_end(messages: Any, tokenizer: Tokenizer) -> tuple[list[int], list[bool], int]:
-    """Return the tokens, whether each counts, and how many there are up to the one that ends the last answer.
+def _conversation_tokens_mask_end_and_findings(
+    conversation: Conversation, tokenizer: Tokenizer
+) -> tuple[list[int], list[bool], int, tuple[str, ...]]:
+    """Return the tokens, whether each counts, how many there are up to the one that ends the last answer, and what
+    the template does not write.
 
     What the template writes behind that token, often a newline, counts, too.
     """
-    if not (isinstance(messages, list) and messages):
-        raise ValueError(f"messages={short_repr(messages)} must be a list of messages")
-    for message in messages:
-        if not (isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))):
-            raise ValueError(f"{short_repr(message)} is no message: it needs role and content, both texts")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError('it has no message whose role is "assistant", and so nothing to learn')
+    messages, tools = conversation.messages, conversation.tools
+    if isinstance(tokenizer, ToolTokenizer):
+        pieces, encode_pieces = [*tokenizer.chat(messages, tools)], tokenizer.encode_pieces
+    elif tools or any(message["content"] is None for message in messages):
+        raise ValueError(f"{type(tokenizer).__name__} formats no tools: take a ToolTokenizer, as TextTokenizer is")
+    else:
+        pieces = [*tokenizer.chat(messages)]
+        encode_pieces = lambda pieces: [tokenizer.encode(piece, False) for piece in pieces]  # noqa: E731
+    answers = [number for number, (_, counted) in enumerate(pieces) if counted]
+    context = sum(message["role"] == "assistant" for message in messages[: conversation.prompt_messages])
+    learned = {*answers[context:]}
     tokens: list[int] = []
     counts: list[bool] = []
-    end = 0
-    for piece, counted in tokenizer.chat(messages):
-        piece_tokens = tokenizer.encode(piece, False)
-        if counted:
-            end = len(tokens) + len(tokenizer.encode(piece.rstrip(), False))
+    for number, piece_tokens in enumerate(encode_pieces([piece for piece, _ in pieces])):
         tokens += piece_tokens
-        counts += [counted] * len(piece_tokens)
-    return tokens, counts, end
+        counts += [number in learned] * len(piece_tokens)
+    texts = [piece for piece, _ in pieces[: max(learned) + 1]]
+    end = sum(map(len, encode_pieces([*texts[:-1], texts[-1].rstrip()])))
+    findings = [
+        f"the chat template leaves out the message of the {message['role']}"
+        for message in messages
+        if message["role"] != "assistant" and not _is_written(message["content"], pieces)
+    ]
+    if isinstance(tokenizer, ToolTokenizer) and tokens[end - 1] not in tokenizer.special:
+        findings.append(NO_END)
+    return tokens, counts, end, tuple(dict.fromkeys(findings))
+
+
+def _is_written(content: str | None, pieces: Sequence[tuple[str, bool]]) -> bool:
+    """Whether a message is in the text of a conversation, as it is or in JSON."""
+    text, content = "".join(piece for piece, _ in pieces), (content or "").strip()
+    return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
+
+
+def _start_findings(tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return the finding of a text that begins with its first special tokens twice."""
+    start = [token for token in tokenizer.encode("", True) if token != tokenizer.end]
+    is_doubled = start and [*tokens[: 2 * len(start)]] == 2 * start
+    return (DOUBLE_START,) if is_doubled else ()
 
 
 def _tokens_with_end_token(tokens: list[int], tokenizer: Tokenizer) -> list[int]:

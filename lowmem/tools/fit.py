@@ -21,6 +21,7 @@ from lowmem.tools.arguments import (
     parse_positive_float,
     parse_positive_int,
 )
+from lowmem.tools.fit_data import add_data_arguments
 from lowmem.tools.hub_arguments import add_revision_argument, fetch_model
 from lowmem.tools.named_models import folder_or_gguf_or_none
 from lowmem.variants import VARIANTS
@@ -36,9 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data",
+        action="append",
         metavar="FILE",
-        help="for a folder: FILE.txt, or FILE.jsonl with text, prompt and completion, or messages in each line; for "
-        "a classifier: FILE.npz with x (examples, ...) and y (classes from 0), synthetic, or digits from "
+        help="for a folder: a file of texts, prompts with completions or conversations (.jsonl, .json, .csv, .tsv, "
+        ".parquet or .txt), a folder of them, or a data set of the Hub, OWNER/NAME or OWNER/NAME:SPLIT; several are "
+        "mixed; for a classifier: FILE.npz with x (examples, ...) and y (classes from 0), synthetic, or digits from "
         "scikit-learn (default synthetic)",
     )
     parser.add_argument(
@@ -135,14 +138,7 @@ def add_language_model_arguments(group: argparse._ActionsContainer) -> None:
         choices=["fast", "lean", "plain"],
         help="mode of prepare_training: lean saves activations in 8 bits, plain prepares nothing (default fast)",
     )
-    group.add_argument(
-        "--length", "--max-length", type=parse_positive_int, metavar="N", help="tokens per row, at most (default 512)"
-    )
-    group.add_argument(
-        "--cut",
-        action="store_true",
-        help="train although more than a tenth of the answers lose the token that ends them to --length",
-    )
+    add_data_arguments(group)
     group.add_argument("--steps", type=parse_positive_int, metavar="N", help="number of updates, instead of --epochs")
     group.add_argument(
         "--accumulate",
@@ -237,6 +233,9 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{option_string(name)} does not apply to model={arguments.model!r}, which is not the folder of a "
                 "language model: leave it out"
             )
+    if arguments.data is not None and len(arguments.data) > 1:
+        raise ValueError(f"--data={arguments.data[1]} is a second one, and a classifier takes one: leave it out")
+    arguments.data = arguments.data and arguments.data[0]
     for name, value in fit_classifier.DEFAULTS.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)

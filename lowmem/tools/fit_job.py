@@ -21,7 +21,7 @@ from lowmem.errors import FileError, quoted_path
 from lowmem.finetuning.loop import Outcome
 from lowmem.finetuning.metrics import check_log_package_and_folder, check_metrics_file, check_plot_path
 from lowmem.finetuning.settings import FineTuning
-from lowmem.finetuning.text_examples import Texts, read_examples
+from lowmem.finetuning.text_examples import Texts
 from lowmem.finetuning.training_state import States, check_and_describe_changes
 from lowmem.io.adapter_files import read_adapter_summary
 from lowmem.io.filesystem import (
@@ -39,12 +39,10 @@ from lowmem.io.shards import INDEX, read_weight_map
 from lowmem.io.training_record import RECORD_FILE, StorageTechnique, technique_format_name
 from lowmem.nn.techniques import Budget, Half, LoRA, blockwise_technique
 from lowmem.tools.arguments import DEFAULT_RANK, option_string
+from lowmem.tools.chat_arguments import RECORD_KEY
+from lowmem.tools.fit_data import FitTexts, read_fit_texts
 from lowmem.tools.output import escaped_and_truncated, finite_or_none
 from lowmem.version import __version__
-
-DEFAULT_LENGTH = 512
-CUT_SHARE = 0.1
-"""Share of the answers that may lose the token that ends them without --cut."""
 
 KEPT_BASE_WEIGHTS = 10**9
 """Weights above which ``--keep-base`` is named: storing as many takes minutes."""
@@ -72,19 +70,27 @@ class FineTuningJob:
     memory_mode: str
     length: int
     settings: FineTuning
-    data_path: Path
-    texts: Texts
-    held_out: Texts | None
+    data: FitTexts
     save_path: Path | None
     process_count: int | None  # that train together; None: this one alone
     device: torch.device
     timeout: timedelta
-    notes: tuple[str, ...]  # on the texts, to be printed behind what is said of the model
     keep_base: bool  # whether the stored base is written beside the adapter
+    notes: tuple[str, ...]  # on the base
+
+    @property
+    def texts(self) -> Texts:
+        """The texts to train on."""
+        return self.data.texts
+
+    @property
+    def held_out(self) -> Texts | None:
+        """The texts to evaluate on."""
+        return self.data.held_out
 
     def print_notes(self) -> None:
-        """Print the notes to stderr."""
-        for note in self.notes:
+        """Print the notes to stderr, behind what is said of the model."""
+        for note in (*self.data.notes, *self.notes):
             print(f"lowmem fit: {note}", file=sys.stderr)
 
     @property
@@ -116,6 +122,7 @@ class FineTuningJob:
             **asdict(self.settings),
             "processes": self.process_count or 1,
             "device": self.device.type,
+            **self.data.identity(),
             "rows_of_a_step": self.settings.batch_size * self.settings.accumulate * (self.process_count or 1),
         }
 
@@ -153,7 +160,8 @@ class FineTuningJob:
         return {
             "lowmem": __version__,
             "base": self.public_base_name,
-            "data": self.data_path.name,
+            "data": ", ".join(self.data.names),
+            RECORD_KEY: self.data.chat.as_json(),
             "run": self.run_identity_dict(),
             "steps": len(outcome.losses),
             "adapter_after": outcome.step,
@@ -185,7 +193,7 @@ def check_arguments_and_make_job(
 ) -> FineTuningJob:
     """Check the arguments, and read the texts; no weights are read but for the digest of their files."""
     if arguments.data is None:
-        raise ValueError(f"--data must name a FILE.txt or FILE.jsonl to train model={str(model_path)!r} on")
+        raise ValueError(f"--data must name a file of texts to train model={str(model_path)!r} on, as FILE.jsonl")
     if arguments.resume and arguments.save is None:
         raise ValueError("--resume continues from the state beside OUT: name OUT with --save")
     if arguments.log is not None and arguments.save is None:
@@ -202,13 +210,13 @@ def check_arguments_and_make_job(
     settings = _fine_tuning_settings(arguments, adapter.rank)
     from lowmem.integrations.transformers.model_facts import delayed_transformers_log, read_language_model_sizes
     from lowmem.integrations.transformers.pretrained_folder import check_tensors_fit_config
-    from lowmem.integrations.transformers.text_tokenizer import TextTokenizer, read_tokenizer
+    from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
 
     # What it says comes again when the model is loaded
     with delayed_transformers_log(replay=False):
         vocabulary, width, positions, _ = read_language_model_sizes(model_path)
         try:
-            tokenizer = TextTokenizer(read_tokenizer(model_path, vocabulary))
+            tokenizer = read_tokenizer(model_path, vocabulary)
         except FileError:
             if dense:
                 check_tensors_fit_config(
@@ -220,18 +228,7 @@ def check_arguments_and_make_job(
             f"--rank={adapter.rank} is more than the {width} columns of the model's hidden states, so an adapter "
             "would not be smaller than its weight: lower it"
         )
-    length = arguments.length or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
-    if positions is not None and length > positions:
-        raise ValueError(f"--length={length} is more than the {positions} positions that the model has: lower it")
-    texts = read_examples(arguments.data, tokenizer, length)
-    notes = _truncation_notes(texts, arguments.data, positions)
-    if texts.lost_ends > CUT_SHARE * len(texts.ends) and not arguments.cut:
-        raise ValueError(f"{notes[0]}; or add --cut to train without them")
-    held_out = None if arguments.eval_data is None else read_examples(arguments.eval_data, tokenizer, length)
-    if held_out is not None:
-        notes += _truncation_notes(held_out, arguments.eval_data, positions)
-    if share is not None:
-        texts, held_out = texts.split(share, arguments.seed)
+    data = read_fit_texts(arguments, tokenizer, positions)
     return FineTuningJob(
         model_path,
         _base_files_sha256(model_path),
@@ -243,19 +240,17 @@ def check_arguments_and_make_job(
         tuple(arguments.target or ()),
         getattr(arguments, "from"),
         arguments.base_name or displayed_model_name(model_path.resolve()),
-        tokenizer.tokenizer,
+        data.tokenizer,
         arguments.memory or "fast",
-        length,
+        data.length,
         settings,
-        Path(arguments.data),
-        texts,
-        held_out,
+        data,
         arguments.save,
         process_count,
         device,
         timeout,
-        (*notes, *base_notes),
         arguments.keep_base,
+        tuple(base_notes),
     )
 
 
@@ -282,23 +277,6 @@ def _check_and_describe_kept_base(
         f"lowmem generate, serve and export of {escaped_and_truncated(str(arguments.save))} need the base in this "
         f"format, and storing {count / 1e9:.1f} billion weights again takes minutes: --keep-base writes it into OUT"
     ]
-
-
-def _truncation_notes(texts: Texts, data_path: str | Path, max_positions: int | None) -> list[str]:
-    """Return notes on the examples of a file that do not fit, with the length that they need."""
-    notes, name = [], escaped_and_truncated(str(data_path))
-    if texts.cut:
-        note = f"{texts.cut} of {len(texts.ends)} examples of {name} are cut to --length {texts.length}"
-        if texts.lost_ends:
-            need = texts.length_of_ends(0.99)
-            remedy = f"--length {need} keeps 99% of the ends"
-            if max_positions is not None and need > max_positions:
-                remedy = f"99% of the ends take {need}, of the model's {max_positions} positions; shorten the texts"
-            note += f", and {texts.lost_ends} lose the token that ends the answer: {remedy}"
-        notes.append(note)
-    if texts.dropped:
-        notes.append(f"{texts.dropped} examples of {name} are left out, since nothing that counts is left")
-    return notes
 
 
 def _fine_tuning_settings(arguments: argparse.Namespace, rank: int) -> FineTuning:
@@ -398,15 +376,10 @@ def _check_output_paths_disjoint(arguments: argparse.Namespace, job: FineTuningJ
         outputs["the folder of --log"] = log_folder(job)
     if states is not None and os.path.lexists(states) and not states.is_dir():
         raise FileExistsError(f"{quoted_path(states)} exists, where states go; remove it or choose another name")
-    inputs = {
-        "MODEL": job.model_path,
-        "--from": job.start_adapter,
-        "--data": job.data_path,
-        "--eval-data": arguments.eval_data,
-    }
+    inputs = {"MODEL": job.model_path, "--from": job.start_adapter, "--eval-data": arguments.eval_data}
     for option, path in outputs.items():
-        if path is not None:
-            check_outside_inputs(path, inputs, option)
+        for data_path in job.data.paths if path is not None else ():
+            check_outside_inputs(path, inputs | {"--data": data_path}, option)
     absolute_outputs = [(option, Path(os.path.abspath(path))) for option, path in outputs.items() if path is not None]
     for number, (option, path) in enumerate(absolute_outputs):
         for other, other_path in absolute_outputs[number + 1 :]:

@@ -44,6 +44,7 @@ from lowmem.tools.fit_job import (
     states_folder,
 )
 from lowmem.tools.fit_result import reproducing_shell_command, suggested_next_commands, write_adapter_folder
+from lowmem.tools.fit_show import print_examples
 from lowmem.tools.output import (
     escaped_and_truncated,
     finite_or_none,
@@ -70,6 +71,8 @@ def run(arguments: argparse.Namespace, model_path: Path) -> int:
     if arguments.timeout is not None and not 0.001 <= arguments.timeout <= _MAX_TIMEOUT:
         raise ValueError(f"--timeout={arguments.timeout:g} must be from 0.001 to {_MAX_TIMEOUT} seconds")
     timeout = TIMEOUT if arguments.timeout is None else timedelta(seconds=arguments.timeout)
+    if arguments.show is not None:
+        return print_examples(arguments, model_path)
     device = select_local_rank_device(arguments.device)
     if arguments.dry_run:
         if how is not None:
@@ -137,12 +140,21 @@ def _run_training_job(arguments: argparse.Namespace, job: FineTuningJob, ranks: 
             "remove it to start again"
         )
     out = sys.stderr if arguments.json else sys.stdout
+    # Errors that come before the first result are one line
+    opening = [job.data.description()]
+
+    def print_lines(*lines: str) -> None:
+        for line in (*opening, *lines):
+            print(line, file=out, flush=True)
+        opening.clear()
+
     report = _StepReporter(out, job.device)
     writers: list[MetricsWriter] = []
     try:
         facts = {} if states is None else states.facts
         with progress_display(f"{job.public_base_name}, before its first step"):
-            training = _LanguageModelTraining(job, ranks, facts, lambda line: print(line, file=out, flush=True))
+            training = _LanguageModelTraining(job, ranks, facts, print_lines)
+        print_lines()
         for change in [] if states is None else states.changed:
             print(f"lowmem fit: {change}", file=sys.stderr)
         step = saved.step if saved else 0 if arguments.resume else None

@@ -112,7 +112,7 @@ tags:
 
 # {job.save_path.name}
 
-A LoRA adapter of `{base}`, trained on `{job.data_path.name}` by lowmem {record["lowmem"]}:
+A LoRA adapter of `{base}`, trained on `{", ".join(job.data.names)}` by lowmem {record["lowmem"]}:
 
 ```
 {command}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 
@@ -15,12 +16,20 @@ from lowmem.inference.prepare_inference import prepare_inference
 from lowmem.inference.transformer_block import NativeBlock
 from lowmem.io.hub_names import displayed_model_name
 from lowmem.io.remote_code import has_trust_remote_code_in_text
+from lowmem.io.training_record import RECORD_FILE
 from lowmem.tools.arguments import (
     add_device_argument,
+    option_string,
     parse_nonnegative_float,
     parse_nonnegative_int,
     parse_positive_int,
     select_local_rank_device,
+)
+from lowmem.tools.chat_arguments import (
+    NO_TEMPLATE,
+    add_chat_arguments,
+    apply_chat_arguments,
+    read_recorded_chat_settings,
 )
 from lowmem.tools.command_exit import INTERRUPTED
 from lowmem.tools.hub_arguments import add_revision_argument, fetch_base, fetch_model, parse_model_path
@@ -45,6 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", type=parse_model_path, metavar="MODEL", help="the base of an adapter (default: what it names)"
     )
     parser.add_argument("--adapter", metavar="NAME", help="the adapter to use, of a model with several")
+    add_chat_arguments(
+        parser.add_argument_group("of --chat; default: as the adapter was trained"),
+        "a chat template in place of the tokenizer's",
+    )
     parser.add_argument(
         "--dense-base",
         action="store_true",
@@ -91,6 +104,12 @@ def run(arguments: argparse.Namespace) -> int:
     from lowmem.integrations.transformers.model_facts import delayed_transformers_log
     from lowmem.integrations.transformers.text_generation import end_token_ids, open_model_and_tokenizer
 
+    for name in ("system", "chat_template", "template_kwargs"):
+        if getattr(arguments, name) is not None and not arguments.chat:
+            raise ValueError(f"{option_string(name)} applies to --chat: add it, or leave the option out")
+    if arguments.chat_template == NO_TEMPLATE:
+        raise ValueError(f"--chat-template={NO_TEMPLATE}: --chat needs a template: give --prompt in its place")
+    recorded = read_recorded_chat_settings(arguments.model, RECORD_FILE)
     with (
         delayed_transformers_log(),
         warnings_printed_as_notes(),
@@ -104,13 +123,14 @@ def run(arguments: argparse.Namespace) -> int:
             fetch_base=fetch_base,
             progress=lambda done, total: update(completed=done, total=total),
         )
-        ends = end_token_ids(model, tokenizer, arguments.chat)
-    generator = _TextGenerator(model.to(device), tokenizer, ends, arguments)
+        chat = apply_chat_arguments(arguments, tokenizer, recorded)
+        ends = end_token_ids(model, tokenizer, arguments.chat, chat.template_kwargs)
+    generator = _TextGenerator(model.to(device), tokenizer, ends, arguments, chat.template_kwargs)
     torch.manual_seed(arguments.seed)
     code = 0
     try:
         if arguments.chat:
-            _answer_stdin_lines(generator)
+            _answer_stdin_lines(generator, chat.system)
         else:
             prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
             generator.stream_continuation(tokenizer(prompt, return_tensors="pt"))
@@ -121,9 +141,9 @@ def run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _answer_stdin_lines(generator: _TextGenerator) -> None:
+def _answer_stdin_lines(generator: _TextGenerator, system: str | None) -> None:
     """Answer each line of standard input until it ends."""
-    messages: list[dict[str, str]] = []
+    messages = [] if system is None else [{"role": "system", "content": system}]
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -138,7 +158,15 @@ def _answer_stdin_lines(generator: _TextGenerator) -> None:
 class _TextGenerator:
     """Generates texts, and measures how fast."""
 
-    def __init__(self, model: Any, tokenizer: Any, end_token_ids: Any, arguments: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        end_token_ids: Any,
+        arguments: argparse.Namespace,
+        template_kwargs: Mapping[str, Any],
+    ) -> None:
+        self._template_kwargs = template_kwargs
         self._model, self._tokenizer, self._count, self._seconds = model, tokenizer, 0, 0.0
         self._options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "eos_token_id": end_token_ids}
         if arguments.temperature == 0:
@@ -164,7 +192,8 @@ class _TextGenerator:
         """Write the answer to the messages of a chat, and return it."""
         from lowmem.integrations.transformers.text_tokenizer import TextTokenizer
 
-        text = TextTokenizer(self._tokenizer).chat_template_text(messages, add_generation_prompt=True)
+        text_tokenizer = TextTokenizer(self._tokenizer, self._template_kwargs)
+        text = text_tokenizer.chat_template_text(messages, add_generation_prompt=True)
         return self.stream_continuation(self._tokenizer(text, add_special_tokens=False, return_tensors="pt"))
 
     def stream_continuation(self, inputs: Any) -> str:

@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from lowmem import FileError
-from lowmem.finetuning.text_examples import IGNORED, Example, read_examples
+from lowmem.finetuning.data_files import read_data_files
+from lowmem.finetuning.row_kinds import RowOptions
+from lowmem.finetuning.text_examples import (
+    ALL_MASKED,
+    DOUBLE_START,
+    IGNORED,
+    NO_END,
+    Example,
+    ToolTokenizer,
+    encode_rows,
+    read_examples,
+)
 from tests.finetuning.language import Characters
 
 LETTERS = Characters()
@@ -137,7 +148,7 @@ def test_a_line_that_cannot_be_read_is_named_by_its_number(line, why, tmp_path):
         ("a.txt", b"", "it is empty"),
         ("a.jsonl", b" \n\n", "it is empty"),
         ("a.txt", b"ab\xff", "it is no UTF-8 text, from byte 2"),
-        ("a.csv", b"ab", "its name must end in .txt or .jsonl"),
+        ("a.doc", b"ab", "its name must end in .txt, .jsonl, .json, .csv, .tsv, .parquet"),
         ("a.jsonl", b'{"prompt": "aaaaaaaa", "completion": "b"}', "no token that counts among its first 4"),
     ],
 )
@@ -175,3 +186,146 @@ def test_the_first_token_is_predicted_by_none():
     example = Example.of([5, 6, 7], [True, False, True])
     assert example.targets.tolist() == [IGNORED, 7, IGNORED]
     assert example.counted == 1
+
+
+class Tools(Characters):
+    """Writes tools and their calls, and knows that 0 and ``;`` end a turn."""
+
+    special = frozenset([0, *Characters().encode(";", False)])
+
+    def encode_pieces(self, pieces):
+        return [self.encode(piece, False) for piece in pieces]
+
+    def chat(self, messages, tools=None):
+        yield f"[{','.join(tool['function']['name'] for tool in tools or ())}]", False
+        for message in messages:
+            calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+            yield f"<{message['role']}>", False
+            yield f"{message['content'] or calls[0]};", message["role"] == "assistant"
+
+
+def encoded(tokenizer, *paths, **options):
+    return encode_rows([file for path in paths for file in read_data_files(path)], tokenizer, RowOptions(**options))
+
+
+def test_tools_and_their_calls_are_given_to_the_template(tmp_path):
+    assert isinstance(Tools(), ToolTokenizer)
+    call = {"name": "look", "arguments": {}}
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    path = written(tmp_path, {"messages": messages, "tools": [{"name": "look"}]})
+    (example,) = read_examples(path, Tools(), 100).examples
+    assert example.ids.tolist() == LETTERS.encode("[look]<user>q;<assistant>look;", False)
+    assert counted(example) == LETTERS.encode("look;", False)
+    with pytest.raises(FileError, match="line 1: Characters formats no tools: take a ToolTokenizer"):
+        read_examples(path, LETTERS, 100)
+
+
+def test_answers_of_a_prompt_are_not_learned(tmp_path):
+    messages = [{"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "r"), ("user", "s"))]
+    path = written(tmp_path, {"prompt": messages, "completion": "t"})
+    (example,) = read_examples(path, LETTERS, 100).examples
+    assert example.ids.tolist() == LETTERS.encode("<user>q;<assistant>r;<user>s;<assistant>t;", False)
+    assert counted(example) == LETTERS.encode("t;", False)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl"])
+def test_the_same_rows_of_each_kind_of_file_are_the_same_examples(name, tmp_path):
+    path = tmp_path / name
+    content = {
+        "a.csv": "instruction,input,output\nab,c,d\n",
+        "a.json": '[{"instruction": "ab", "input": "c", "output": "d"}]',
+        "a.jsonl": '{"conversations": [{"from": "human", "value": "ab\\nc"}, {"from": "gpt", "value": "d"}]}',
+    }
+    path.write_text(content[name])
+    found = read_examples(path, LETTERS, 100)
+    assert found.examples[0].ids.tolist() == LETTERS.encode("<user>ab\nc;<assistant>d;", False)
+    assert (found.kinds, found.chats) == ({"ShareGPT" if name == "a.jsonl" else "Alpaca": 1}, True)
+
+
+def test_files_are_mixed_and_each_row_is_named_with_its_file(tmp_path):
+    (tmp_path / "b.txt").write_text("abcdef")
+    lines = written(tmp_path, {"text": "g"}, {"txt": "h"}, name="a.jsonl")
+    rows = encoded(LETTERS, tmp_path)
+    assert [(place, mistake[:12]) for place, mistake in rows.mistakes] == [(f"line 2 of {lines}", "it has keys ")]
+    texts = rows.texts(4, "x")
+    assert texts.places == (f"line 1 of {lines}", *[f"its text of {tmp_path / 'b.txt'}"] * 2)
+    assert (texts.in_order, texts.kinds) == (False, {"text": 1, "text file": 1})
+
+
+def test_what_is_wrong_with_rows_is_found_with_the_first_ones_place(tmp_path):
+    class Drops(Tools):
+        def chat(self, messages, tools=None):
+            return super().chat([message for message in messages if message["role"] != "system"], tools)
+
+    class Endless(Tools):
+        special = frozenset([0])
+
+    system, user, answer = ({"role": role, "content": "abc"} for role in ("system", "user", "assistant"))
+    path = written(
+        tmp_path,
+        {"messages": [user, answer]},
+        {"messages": [{**system, "content": "x"}, user, answer]},
+        {"messages": [{**system, "content": "y"}, user, answer]},
+        {"prompt": "a" * 40, "completion": "b"},
+    )
+    dropped = "the chat template leaves out the message of the system"
+    texts = encoded(Drops(), path).texts(40, "x")
+    assert texts.findings == {dropped: (2, "line 2"), ALL_MASKED: (1, "line 4")}
+    assert texts.dropped == 1
+    assert encoded(Endless(), path).texts(90, "x").findings == {NO_END: (3, "line 1")}
+    assert encoded(Tools(), path).texts(90, "x").findings == {}
+
+    class Endings(Characters):
+        end = None
+
+    path = written(tmp_path, {"text": "a"}, {"prompt": "a", "completion": "b"})
+    assert encoded(Endings(), path).texts(90, "x").findings == {NO_END: (1, "line 2")}
+
+
+def test_a_second_token_that_begins_a_text_is_found(tmp_path):
+    class Begins(Characters):
+        def encode(self, text, special):
+            return [1] * special + [1 if letter == "^" else 2 + ord(letter) % 62 for letter in text]
+
+    path = written(
+        tmp_path,
+        {"text": "ab^"},
+        {"text": "^ab"},
+        {"prompt": "^a", "completion": "b"},
+        {"messages": [{"role": "user", "content": "^a"}, {"role": "assistant", "content": "b"}]},
+    )
+    assert encoded(Begins(), path).texts(90, "x").findings == {DOUBLE_START: (2, "line 2")}
+
+
+def test_the_default_length_is_that_of_nearly_all_rows_and_windows_stay(tmp_path):
+    lines = [{"prompt": "a" * n, "completion": "b"} for n in range(1, 201)]  # of n + 3 tokens
+    path = written(tmp_path, *lines)
+    assert encoded(LETTERS, path).default_length() == 256  # 198 + 3 tokens, in steps of 64
+    assert encoded(LETTERS, written(tmp_path, *lines[:61])).default_length() == 64
+    (tmp_path / "b.txt").write_text("a" * 2000)
+    assert encoded(LETTERS, tmp_path / "b.txt").default_length() == 512
+    rows = encoded(LETTERS, path, tmp_path / "b.txt")
+    assert rows.default_length() == 512
+    lengths = [len(example.ids) for example in rows.texts(1024, "x", window=512).examples]
+    assert lengths[-4:] == [512, 512, 512, 2002 - 3 * 512]
+
+
+def test_rows_that_are_held_out_and_trained_are_found(tmp_path):
+    texts = read_examples(written(tmp_path, *({"text": letter} for letter in "abcab")), LETTERS, 9)
+    others = read_examples(written(tmp_path, *({"text": letter} for letter in "xbya"), name="b.jsonl"), LETTERS, 9)
+    assert others.places_in(texts) == ["line 2", "line 4"]
+    first, second = texts.split(0.4, 0)
+    assert sorted([*first.places, *second.places]) == [f"line {number}" for number in range(1, 6)]
+
+
+def test_an_end_token_that_is_the_padding_token_is_learned(tmp_path):
+    """The end counts by its place, whatever else its number stands for."""
+    found = read_examples(written(tmp_path, {"prompt": "a", "completion": "b"}), LETTERS, 9)
+    assert found.examples[0].targets.tolist()[-2] == LETTERS.end
+
+
+def test_all_rows_with_mistakes_are_counted_and_the_first_is_named(tmp_path):
+    path = written(tmp_path, {"text": "a"}, "{", {"txt": 1}, {"text": ""})
+    with pytest.raises(FileError, match=r"line 2: '\{' is no JSON object.*; 2 more rows have mistakes$"):
+        read_examples(path, LETTERS, 9)
+    assert [place for place, _ in encoded(LETTERS, path).mistakes] == ["line 2", "line 3", "line 4"]

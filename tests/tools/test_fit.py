@@ -17,7 +17,7 @@ def test_options_of_folders_mean_nothing_for_classifiers(refused, monkeypatch):
     given |= dict.fromkeys(("skip_dense", "resume", "shard", "replicate", "cut", "keep_base"), "")
     given |= {"metrics": "a.jsonl", "eval_share": "0.1"}
     given |= {"clip": "0", "warmup": "0"}  # which are no defaults
-    given |= {"log": "csv", "dropout": "0.5"}
+    given |= {"log": "csv", "dropout": "0.5", "columns": "prompt=q", "template_kwargs": "{}", "skip_bad_rows": ""}
     parser = argparse.ArgumentParser()
     fit.add_language_model_arguments(parser)
     options = vars(parser.parse_args([]))

@@ -52,9 +52,9 @@ def test_bad_options_and_texts_are_refused(place, refused):
     Path("taken.training").write_text("mine")
     data = ["--data", "text.txt"]
     cases = {
-        (): "--data must name a FILE.txt or FILE.jsonl",
+        (): "--data must name a file of texts",
         ("--data", "missing.txt"): "cannot read 'missing.txt'",
-        ("--data", "digits"): "its name must end in .txt or .jsonl",
+        ("--data", "digits"): "its name must end in .txt, .jsonl, .json, .csv, .tsv, .parquet",
         ("--data", "empty.txt"): "cannot read 'empty.txt': it is empty",
         ("--data", "latin.txt"): "it is no UTF-8 text, from byte 1",
         ("--data", "bad.jsonl"): "cannot read 'bad.jsonl': line 2: it has keys 'txt'",
@@ -87,7 +87,8 @@ def test_bad_options_and_texts_are_refused(place, refused):
     }
     before = listed()
     for options, why in cases.items():
-        assert why in refused("fit", "llama", *options), options
+        printed = "data:" if why in ("warmup=2 must be below the 2 steps", "rows of text") else ""
+        assert why in refused("fit", "llama", *options, printed=printed), options
     assert listed() == before
 
 
@@ -96,7 +97,7 @@ def test_ends_that_are_cut_off_need_cut_and_the_length_that_keeps_them_is_told(p
     ends = sorted(read_examples("data.jsonl", tokenizer, 512).ends)
     length, need = ends[len(ends) // 2], ends[-1]
     lost = sum(end > length for end in ends)
-    argv = ["fit", "llama", "--data", "data.jsonl", "--steps", "1", "--length"]
+    argv = ["fit", "llama", "--data", "data.jsonl", "--chat-template", "none", "--steps", "1", "--length"]
     told = refused(*argv, length)
     note = (
         f"lowmem fit: {lost} of {len(ends)} examples of data.jsonl are cut to --length {length}, and {lost} lose "
@@ -112,11 +113,12 @@ def test_ends_that_are_cut_off_need_cut_and_the_length_that_keeps_them_is_told(p
     assert "are cut" not in capsys.readouterr().err
     line = {"prompt": "a ", "completion": "b" * 200}
     Path("long.jsonl").write_text("\n".join(map(json.dumps, [line, *LINES])))
-    assert main(["fit", "llama", "--data", "data.jsonl", "--eval-data", "long.jsonl", "--steps", "1"]) == 0
+    argv = [*argv[:-1], "--eval-data", "long.jsonl"]
+    assert main(argv) == 0
     told = capsys.readouterr().err
     assert f"1 of {len(ends) + 1} examples of long.jsonl are cut to --length 64, and 1 lose the token" in told
     Path("long.jsonl").write_text(json.dumps(line))
-    told = refused("fit", "llama", "--data", "long.jsonl")
+    told = refused("fit", "llama", "--data", "long.jsonl", "--chat-template", "none")
     assert "of the model's 64 positions; shorten the texts; or add --cut" in told
 
 

@@ -1,6 +1,8 @@
 """``lowmem generate`` writes what the model's own ``generate`` makes, for each kind of file that holds a model."""
 
 import io
+import json
+import shutil
 import signal
 import sys
 
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowmem
 from lowmem.__main__ import main
+from lowmem.tools.generate import _TextGenerator
 from tests.integrations.transformers.folders import write
 from tests.integrations.transformers.tokens import write_tokenizer
 
@@ -132,6 +135,39 @@ def test_a_chat_remembers_what_was_said(folders, tmp_path, capsys, monkeypatch):
     assert generated(capsys, tmp_path / "chat", "--chat", "--temperature", "0") == "\n".join(answers)
 
 
+def test_a_chat_is_as_the_adapter_was_trained_unless_it_is_told_otherwise(folders, tmp_path, capsys, monkeypatch):
+    template = "{{ greeting }}{% for m in messages %}<s>{{ m['role'] }}{{ m['content'] }}<s>{% endfor %}"
+    adapter = tmp_path / "adapter"
+    shutil.copytree(folders / "adapter of dense", adapter)
+    tokenizer = AutoTokenizer.from_pretrained(folders / "dense")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(adapter)
+    chat = {"system": "be kind", "template_kwargs": {"greeting": "hello"}}
+    (adapter / "training.json").write_text(json.dumps({"chat": chat, "run": {"format": "as it is"}}))
+    (tmp_path / "other.jinja").write_text(template.replace("{{ m['role'] }}", ""))
+    prompts = []
+    own = _TextGenerator.stream_continuation
+    monkeypatch.setattr(
+        _TextGenerator,
+        "stream_continuation",
+        lambda self, inputs: prompts.append(tokenizer.decode(inputs["input_ids"][0])) or own(self, inputs),
+    )
+    for options in (
+        [],
+        ["--system", "add"],
+        ["--template-kwargs", "{}"],
+        ["--chat-template", str(tmp_path / "other.jinja")],
+    ):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("q\n"))
+        generated(capsys, adapter, "--chat", *options)
+    assert prompts == [
+        "hello<s>systembe kind<s><s>userq<s>",
+        "hello<s>systemadd<s><s>userq<s>",
+        "<s>systembe kind<s><s>userq<s>",
+        "hello<s>be kind<s><s>q<s>",
+    ]
+
+
 def test_an_interrupt_keeps_what_was_written(folders, capsys, monkeypatch):
     from lowmem.integrations.transformers.text_generation import TokenCountingStreamer
 
@@ -174,6 +210,8 @@ def test_an_interrupt_while_the_model_is_read_ends_it_with_130(folders, capsys, 
         ),
         (["dense", "--prompt", "a", "--adapter", "x"], "which has none"),
         (["dense", "--chat"], "has no chat template"),
+        (["dense", "--prompt", "a", "--system", "s"], "--system applies to --chat: add it, or leave the option out"),
+        (["dense", "--chat", "--chat-template", "none"], "--chat-template=none: --chat needs a template"),
         (["missing", "--prompt", "a"], "missing"),
         (["dense", "--prompt", ""], "has no tokens"),
     ],

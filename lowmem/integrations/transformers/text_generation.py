@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +159,12 @@ def open_model_and_tokenizer(
     return model, tokenizer
 
 
-def end_token_ids(model: Any, tokenizer: Any, chat: bool) -> Sequence[int]:
+def end_token_ids(
+    model: Any, tokenizer: Any, chat: bool, template_kwargs: Mapping[str, Any] | None = None
+) -> Sequence[int]:
     """Return the tokens that end a text: the model's, the tokenizer's, and those that end an answer in a chat.
+
+    ``template_kwargs``: variables of the chat template.
 
     Raises:
         ValueError: ``chat`` of a tokenizer whose template is missing, or refuses messages.
@@ -170,7 +174,8 @@ def end_token_ids(model: Any, tokenizer: Any, chat: bool) -> Sequence[int]:
     if chat:
         answer = "An answer"
         messages = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": answer}]
-        said = [text for text, counts in TextTokenizer(tokenizer).chat(messages) if counts][-1]
+        text_tokenizer = TextTokenizer(tokenizer, template_kwargs)
+        said = [text for text, counts in text_tokenizer.chat(messages) if counts][-1]
         after = tokenizer(said.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
-        ends |= {token for token in after if token in tokenizer.all_special_ids}
+        ends |= {token for token in after if token in text_tokenizer.special}
     return sorted(ends - {None})

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.import_utils import is_gguf_available
 
 from lowmem.errors import error_type_and_first_line, file_error, quoted_path, short_repr
+from lowmem.integrations.transformers.chat_template import ChatTemplate
 from lowmem.io.filesystem import open_regular_file
 from lowmem.io.formats.gguf.gguf_file import read_gguf_header
 from lowmem.io.formats.gguf.gguf_tokenizer_fields import PRE_TOKENIZERS
@@ -34,60 +35,62 @@ class TextTokenizer:
 
     Args:
         tokenizer: as ``AutoTokenizer.from_pretrained`` returns it.
+        template_kwargs: variables of its chat template, as ``enable_thinking``.
+
+    Attributes:
+        special: the special tokens, with those that end a turn.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
         self.end: int | None = tokenizer.eos_token_id
+        added = tokenizer.added_tokens_decoder
+        self.special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+        self._template = ChatTemplate(tokenizer, template_kwargs)
 
     def encode(self, text: str, special: bool) -> Sequence[int]:
         """Return the tokens of a text; with what the tokenizer puts before each text, if ``special``."""
         tokens: Sequence[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return tokens
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[tuple[str, bool]]:
+    def encode_pieces(self, pieces: Sequence[str]) -> list[Sequence[int]]:
+        """Return the tokens of each piece of a text, as they are in the whole text.
+
+        Alone, a piece may get a space that it has not in the text. Where a piece changes the tokens of those before
+        it, the text is cut: a prompt has the tokens that it has without its answer.
+        """
+        encoded: list[Sequence[int]] = []
+        text, before = "", 0
+        for piece in pieces:
+            tokens = self.encode(text + piece, False)
+            if tokens[:before] != (self.encode(text, False) if text else []):
+                text, before, tokens = "", 0, self.encode(piece, False)
+            encoded.append(tokens[before:])
+            text, before = text + piece, len(tokens)
+        return encoded
+
+    def reserved_texts(self) -> frozenset[str]:
+        """Return the special tokens, and marks in capitals, as ``[INST]``, that the chat template writes."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return frozenset()
+        marks = re.findall(r"\[/?[A-Z_]{2,}\]", str(self.tokenizer.chat_template))
+        return frozenset([*self.tokenizer.convert_ids_to_tokens(sorted(self.special)), *marks])
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> Sequence[tuple[str, bool]]:
         """Return the pieces of a conversation's text in their order, and whether the assistant says them.
 
         A message of the assistant begins where the template's prompt for it ends, and its last token ends its turn.
 
-        Raises:
-            ValueError: there is no template, it refuses the messages, or a message cannot be found in what it makes.
-        """
-        text = self.chat_template_text(messages)
-        pieces: list[tuple[str, bool]] = []
-        done = 0
-        for number, message in enumerate(messages):
-            if message["role"] == "assistant":
-                start, stop = self._last_message_span(text, messages[: number + 1], number, done)
-                pieces += [(text[done:start], False), (text[start:stop], True)]
-                done = stop
-        return [(piece, counts) for piece, counts in [*pieces, (text[done:], False)] if piece]
+        Args:
+            messages: with ``role``, ``content`` and maybe ``tool_calls``.
+            tools: the definitions of tools, as JSON.
 
-    def _last_message_span(
-        self, text: str, messages: Sequence[Mapping[str, Any]], message_index: int, search_start: int
-    ) -> tuple[int, int]:
-        """Return where the last message of ``messages`` begins and ends in the text of all."""
-        content = messages[-1]["content"].strip()
-        before, prompt = (
-            self.chat_template_text(messages[:-1], add_generation_prompt=with_prompt) if message_index else ""
-            for with_prompt in (False, True)
-        )
-        has_prompt = prompt != before and text.startswith(prompt)
-        start = len(prompt) if has_prompt else text.find(content, max(search_start, len(before)))
-        whole = self.chat_template_text(messages)
-        if text.startswith(whole):
-            stop = len(whole)
-        else:
-            # A template may write an answer otherwise when another message follows
-            end = content + whole[whole.rfind(content) + len(content) :]
-            stop = start + len(end) if text.startswith(end, start) else -1
-        if not search_start <= start < stop:
-            raise ValueError(
-                f"message {message_index + 1} cannot be found in what the tokenizer's chat template makes of the "
-                "messages: "
-                "give prompt and completion"
-            )
-        return start, stop
+        Raises:
+            ValueError: there is no template, it refuses the messages, or it does not write what they hold.
+        """
+        return self._template.pieces(messages, tools)
 
     def chat_template_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
         """Return what the tokenizer's chat template makes of messages; ``add_generation_prompt``: with the start of
@@ -96,18 +99,7 @@ class TextTokenizer:
         Raises:
             ValueError: there is no template, or it refuses the messages.
         """
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ValueError("the tokenizer has no chat template for messages: give prompt and completion, or text")
-        try:
-            made: str = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as reason:
-            # Templates are programs, which raise anything
-            raise ValueError(
-                f"the tokenizer's chat template refuses the messages: {error_type_and_first_line(reason)}"
-            ) from reason
-        return made
+        return self._template.text(messages, add_generation_prompt=add_generation_prompt)
 
 
 def read_tokenizer(path: Path, vocabulary_size: int | None = None) -> Any:

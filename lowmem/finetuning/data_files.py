@@ -1,0 +1,227 @@
+"""Reads files of examples, folders of them and data sets of the Hub into rows, each with its place for messages."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import error_type_and_first_line, file_error, quoted_path, short_repr
+from lowmem.io.filesystem import open_regular_file, read_errors_with_path, read_text_and_sha256
+from lowmem.version import install_command
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:\w[\w.-]*){0,2}", re.ASCII)
+"""``owner/name``, ``owner/name:split`` or ``owner/name:split:config``."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a file holds at a place.
+
+    Args:
+        place: as ``line 3``.
+        content: a text, of a ``.txt`` file; a JSON object; or any other value, which is a mistake.
+        mistake: why there is no content.
+    """
+
+    place: str
+    content: Any = None
+    mistake: str | None = None
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """The rows of a file or data set.
+
+    Args:
+        name: for messages: its path, or its name on the Hub.
+        digest: SHA-256 of the file, or of the rows of a data set.
+    """
+
+    name: str
+    rows: list[Row]
+    digest: str
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name is a data set's on the Hub: it is no path that exists, and no name of a file."""
+    return (
+        HUB_NAME.fullmatch(name) is not None and not Path(name).exists() and Path(name).suffix.lower() not in READERS
+    )
+
+
+def read_data_files(path: str | Path) -> list[DataFile]:
+    """Read a file, the files of a folder in the order of their names, or a data set of the Hub.
+
+    Raises:
+        FileError: a file has another suffix, is empty, is damaged, or is not UTF-8; or a folder has no file to read.
+        OSError: a file cannot be read.
+        ImportError: a package is missing that reads it.
+    """
+    if is_hub_name(str(path)):
+        return [_read_hub_data_set(str(path))]
+    path = Path(path)
+    if not path.is_dir():
+        return [_read_data_file(path)]
+    with read_errors_with_path(path):
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS and file.name[0] != ".")
+    if not files:
+        raise file_error(path, f"it has no file whose name ends in {_SUFFIXES}")
+    return [_read_data_file(file) for file in files]
+
+
+def combined_digest(files: Iterable[DataFile]) -> str:
+    """Return the digest of a file, or of several together."""
+    digests = [file.digest for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def _read_data_file(path: Path) -> DataFile:
+    read = READERS.get(path.suffix.lower())
+    if read is None:
+        raise file_error(path, f"its name must end in {_SUFFIXES}")
+    rows, digest = read(path)
+    if not rows:
+        raise file_error(path, "it is empty; name a file with text")
+    return DataFile(str(path), rows, digest)
+
+
+def _rows_of_text(rows_of: Callable[[Path, str], Iterator[Row]]) -> Callable[[Path], tuple[list[Row], str]]:
+    """Return the reader of files in UTF-8 whose text ``rows_of`` divides into rows."""
+
+    def read(path: Path) -> tuple[list[Row], str]:
+        text, digest = read_text_and_sha256(path)
+        return [*rows_of(path, text)] if text.strip() else [], digest
+
+    return read
+
+
+def _text_rows(path: Path, text: str) -> Iterator[Row]:
+    yield Row("its text", text)
+
+
+def _json_line_rows(path: Path, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield Row(f"line {number}", json.loads(line))
+            except (ValueError, RecursionError):
+                mistake = f"{short_repr(line)} is no JSON object; a .jsonl file has one in each line"
+                yield Row(f"line {number}", mistake=mistake)
+
+
+def _json_rows(path: Path, text: str) -> Iterator[Row]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as reason:
+        remedy = "; a file with an object in each line is named .jsonl"
+        raise file_error(path, f"it is no JSON: {error_type_and_first_line(reason)}{remedy}") from None
+    items = document.get("data") if isinstance(document, dict) else document
+    if not isinstance(items, list):
+        raise file_error(path, 'it must be a list of objects, or {"data": [...]}')
+    for number, item in enumerate(items, 1):
+        yield Row(f"row {number}", item)
+
+
+def _table_rows(path: Path, text: str) -> Iterator[Row]:
+    """Yield the rows of a table: as Python's csv writes it, or with tabs."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    # Cells may hold whole conversations: the default limit is 128 KiB, for all readers of the process
+    start = 1
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    try:
+        lines = csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        columns = next(cells for cells in lines if cells)
+        if len(columns) == 1 and re.search("[;\t,]", columns[0]):
+            between = "commas" if delimiter == "," else "tabs"
+            why = f"its first line is one column, {short_repr(columns[0])}: save it with {between} between columns"
+            raise file_error(path, why)
+        if len({*columns}) < len(columns):
+            raise file_error(path, f"its first line names a column twice: {short_repr(columns)}")
+        start = lines.line_num + 1
+        for cells in lines:
+            place, start = f"line {start}", lines.line_num + 1
+            if cells and len(cells) != len(columns):
+                yield Row(place, mistake=f"it has {len(cells)} cells, and the first line has {len(columns)}")
+            elif cells:
+                yield Row(place, dict(zip(columns, cells, strict=True)))
+    except csv.Error as reason:
+        raise file_error(path, f"line {start}: {reason}; write cells with quotes as Python's csv") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_parquet(path: Path) -> tuple[list[Row], str]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import read_table
+    except ImportError as reason:
+        raise ImportError(f"{quoted_path(path)} needs pyarrow: {install_command('data')}") from reason
+    with open_regular_file(path) as file, read_errors_with_path(path):
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            items = read_table(file).to_pylist()
+        except (ArrowException, OSError) as reason:
+            raise file_error(path, f"it is no whole parquet file: {error_type_and_first_line(reason)}") from reason
+    return _arrow_rows(items), digest
+
+
+def _read_hub_data_set(name: str) -> DataFile:
+    """Return the rows of a data set of the Hub, which ``datasets`` downloads or has in its cache."""
+    try:
+        from datasets import DownloadConfig, load_dataset
+    except ImportError as reason:
+        needed = "a data set of the Hub needs the package datasets"
+        raise ImportError(f"{name!r}: {needed}: {install_command('data')}") from reason
+    repository, split, config = (*name.split(":"), *[None] * 2)[:3]
+    try:
+        items = load_dataset(
+            repository, config, split=split or "train", download_config=DownloadConfig(max_retries=1)
+        ).to_list()
+    except Exception as reason:
+        # What datasets raises is of many kinds
+        raise file_error(
+            name,
+            "there is no such file or folder here, and the Hub's data set cannot be loaded: "
+            f"{error_type_and_first_line(reason)}",
+        ) from reason
+    rows = _arrow_rows(items)
+    if not rows:
+        raise file_error(name, "it is empty; name a data set with text")
+    digest = hashlib.sha256(json.dumps(items, sort_keys=True, default=str).encode()).hexdigest()
+    return DataFile(name, rows, digest)
+
+
+def _arrow_rows(items: list[dict[str, Any]]) -> list[Row]:
+    return [
+        Row(f"row {number}", {key: _without_filled_nulls(value) for key, value in item.items()})
+        for number, item in enumerate(items, 1)
+    ]
+
+
+def _without_filled_nulls(value: Any) -> Any:
+    """Return a value of Arrow without the nulls that it puts for keys that other rows have."""
+    if isinstance(value, list):
+        return [_without_filled_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_filled_nulls(item) for key, item in value.items() if item is not None}
+    return value
+
+
+READERS: dict[str, Callable[[Path], tuple[list[Row], str]]] = {
+    ".txt": _rows_of_text(_text_rows),
+    ".jsonl": _rows_of_text(_json_line_rows),
+    ".json": _rows_of_text(_json_rows),
+    ".csv": _rows_of_text(_table_rows),
+    ".tsv": _rows_of_text(_table_rows),
+    ".parquet": _read_parquet,
+}
+"""The reader of each kind of file, by its suffix: its rows, and the SHA-256 of the file."""
+
+_SUFFIXES = ", ".join(READERS)

@@ -1,0 +1,293 @@
+"""Recognizes rows of examples by their keys, and converts them into plain texts, completions and conversations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowmem.errors import short_repr
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A text of which all tokens are learned."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and its completion without a template, of which the completion is learned."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages for a chat template.
+
+    Args:
+        messages: with ``role``, ``content`` (a text or None) and maybe ``tool_calls``, whose arguments are objects.
+        tools: definitions of tools, each ``{"type": "function", "function": ...}``.
+        prompt_messages: the number of messages at the start whose answers are not learned.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    prompt_messages: int = 0
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How rows are read.
+
+    Args:
+        columns: the name of the column that stands for each key, as ``{"prompt": "question"}``.
+        system: the system message of conversations that have none.
+        prompts_as_chat: whether a prompt and its completion, as texts, are a user's and an assistant's message.
+        reserved: special tokens of the template, which such texts must not hold.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    system: str | None = None
+    prompts_as_chat: bool = False
+    reserved: frozenset[str] = frozenset()
+
+
+def convert_row(record: Any, options: RowOptions) -> tuple[str, PlainText | Completion | Conversation]:
+    """Return the kind of a row, and what is learned of it.
+
+    Raises:
+        ValueError: it is of no kind, of several, or has a mistake.
+    """
+    if isinstance(record, str):
+        return "text", PlainText(record)
+    if not isinstance(record, dict):
+        raise ValueError(f"{short_repr(record)} is no JSON object")
+    try:
+        json.dumps(record, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"it has half of a surrogate pair, which is no text: {short_repr(record)}") from None
+    if options.columns and {*options.columns.values()} <= record.keys():
+        others = {key: record[key] for key in _OPTIONAL if key in record}
+        record = others | {key: record[column] for key, column in options.columns.items()}
+    # Columns of tables that hold rows of several kinds are null in those of another one
+    filled = {key for key, value in record.items() if value is not None}
+    kinds = [name for name, (keys, _) in KINDS.items() if {*keys} <= filled]
+    kinds = kinds or [name for name, (keys, _) in KINDS.items() if {*keys} <= record.keys()]
+    if len(kinds) != 1:
+        raise ValueError(_unrecognized_row_message(record, kinds, options))
+    converted = KINDS[kinds[0]][1](record, options)
+    if isinstance(converted, Conversation):
+        _check_conversation(converted)
+        if options.system is not None and converted.messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": options.system}, *converted.messages]
+            moved = converted.prompt_messages and converted.prompt_messages + 1
+            converted = Conversation(messages, converted.tools, moved)
+    return kinds[0], converted
+
+
+def _unrecognized_row_message(record: Mapping[str, Any], kinds: list[str], options: RowOptions) -> str:
+    keys = ", ".join(map(short_repr, record)) or "of nothing"
+    if options.columns and not kinds:
+        missing = ", ".join(short_repr(name) for name in options.columns.values() if name not in record)
+        return f"it has keys {keys}, and --columns names {missing or 'keys of no kind'}: name columns that are there"
+    if kinds:
+        remedy = f"--columns {' '.join(f'{key}={key}' for key in KINDS[kinds[0]][0])} takes one of them"
+        return f"it has more than one kind of text, {' and '.join(kinds)}: {remedy}"
+    suggested = _suggested_columns(record)
+    remedy = f"; or name its columns with --columns {suggested}" if suggested else ""
+    return f"it has keys {keys}; give it text, or prompt and completion, or messages{remedy}"
+
+
+def _suggested_columns(record: Mapping[str, Any]) -> str:
+    """Return --columns for a row, by the names that its columns have elsewhere."""
+    if any(not isinstance(key, str) for key in record):
+        return ""
+    by_name = {key.lower(): key for key in record}
+
+    def column_or_none(names: str) -> str | None:
+        return next((by_name[name] for name in names.split() if name in by_name), None)
+
+    prompt = column_or_none("prompt question query instruction input user request problem q")
+    completion = column_or_none("completion answer response output assistant reply solution target a")
+    if prompt and completion:
+        return f"prompt={prompt} completion={completion}"
+    messages, text = (
+        column_or_none("conversation dialogue dialog chat turns"),
+        column_or_none("content body document"),
+    )
+    return f"messages={messages}" if messages else f"text={text}" if text else ""
+
+
+def _required_text(record: Mapping[str, Any], key: str) -> str:
+    value = record[key]
+    if not (isinstance(value, str) and value):
+        raise ValueError(f"{key}={short_repr(value)} must be a text that is not empty")
+    return value
+
+
+def _parsed(record: Mapping[str, Any], key: str) -> Any:
+    """Return a value that may be JSON text, as in cells of tables; an empty one is None."""
+    value = record.get(key)
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{key}={short_repr(value)} must be JSON") from None
+
+
+def _convert_text(record: Mapping[str, Any], options: RowOptions) -> PlainText:
+    return PlainText(_required_text(record, "text"))
+
+
+def _convert_messages(record: Mapping[str, Any], options: RowOptions) -> Conversation:
+    return Conversation(_checked_messages("messages", _parsed(record, "messages")), _tools(record))
+
+
+def _convert_completion(record: Mapping[str, Any], options: RowOptions) -> Completion | Conversation:
+    parts = {key: record[key] for key in ("prompt", "completion")}
+    if not any(isinstance(part, list) for part in parts.values()):
+        texts = [_required_text(record, key) for key in parts]
+        if not options.prompts_as_chat:
+            return Completion(*texts)
+        for key, text in zip(parts, texts, strict=True):
+            held = next((token for token in sorted(options.reserved) if token in text), None)
+            if held is not None:
+                raise ValueError(
+                    f"{key} holds {short_repr(held)}, which the chat template writes itself: take it out, or train "
+                    "texts as they are with --chat-template none"
+                )
+    prompt, completion = (
+        _checked_messages(key, part) if isinstance(part, list) else _text_message(record, key, role)
+        for (key, part), role in zip(parts.items(), ("user", "assistant"), strict=True)
+    )
+    return Conversation([*prompt, *completion], _tools(record), len(prompt))
+
+
+def _text_message(record: Mapping[str, Any], key: str, role: str) -> list[dict[str, Any]]:
+    return [{"role": role, "content": _required_text(record, key)}]
+
+
+def _convert_alpaca(record: Mapping[str, Any], options: RowOptions) -> Conversation:
+    system, more = (record.get(key) or "" for key in ("system", "input"))
+    for key, value in (("system", system), ("input", more)):
+        if not isinstance(value, str):
+            raise ValueError(f"{key}={short_repr(value)} must be a text")
+    history = _parsed(record, "history") or []
+    if not (isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history)):
+        raise ValueError(f"history={short_repr(history)} must be a list of pairs, an instruction and its output")
+    turns = [*history, [_required_text(record, "instruction") + (f"\n{more}" if more else ""), record["output"]]]
+    messages = [{"role": "system", "content": system}] if system else []
+    for turn in turns:
+        for role, key, text in zip(("user", "assistant"), ("instruction", "output"), turn, strict=True):
+            messages.append({"role": role, "content": _required_text({key: text}, key)})
+    return Conversation(messages)
+
+
+_SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "function_call"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("observation", "tool"), "tool"),
+}
+"""The role of a message by the name in ``from``."""
+
+
+def _convert_sharegpt(record: Mapping[str, Any], options: RowOptions) -> Conversation:
+    turns = _parsed(record, "conversations")
+    if not (isinstance(turns, list) and turns):
+        raise ValueError(f"conversations={short_repr(turns)} must be a list of from and value")
+    if all(isinstance(turn, dict) and "role" in turn for turn in turns):
+        return Conversation(_checked_messages("conversations", turns), _tools(record))
+    system = record.get("system") or ""
+    if not isinstance(system, str):
+        raise ValueError(f"system={short_repr(system)} must be a text")
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    for turn in turns:
+        if not (isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)):
+            raise ValueError(f"{short_repr(turn)} is no message: it needs from and value, both texts")
+        role = _SHAREGPT_ROLES.get(turn["from"])
+        if role is None:
+            raise ValueError(f"from={short_repr(turn['from'])} must be one of {', '.join(_SHAREGPT_ROLES)}")
+        if turn["from"] == "function_call":
+            calls = _parsed(turn, "value")
+            messages.append(
+                {"role": role, "content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
+            )
+        else:
+            messages.append({"role": role, "content": turn["value"]})
+    return Conversation(_checked_messages("conversations", messages), _tools(record))
+
+
+def _checked_messages(key: str, messages: Any) -> list[dict[str, Any]]:
+    if not (isinstance(messages, list) and messages):
+        raise ValueError(f"{key}={short_repr(messages)} must be a list of messages")
+    checked = []
+    for message in messages:
+        calls = message.get("tool_calls") if isinstance(message, dict) else None
+        content = message.get("content") if isinstance(message, dict) else None
+        has_text = isinstance(content, str) or (content is None and bool(calls))
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and has_text):
+            raise ValueError(f"{short_repr(message)} is no message: it needs role and content, both texts")
+        message = {**message, "content": content}
+        message.pop("tool_calls", None)
+        if calls:
+            if not (isinstance(calls, list) and message["role"] == "assistant"):
+                raise ValueError(f"tool_calls={short_repr(calls)} must be a list, of a message of the assistant")
+            message["tool_calls"] = [_checked_tool_call(call) for call in calls]
+        checked.append(message)
+    return checked
+
+
+def _checked_tool_call(call: Any) -> dict[str, Any]:
+    """Return a call as OpenAI's API has it, with its arguments as an object."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not (isinstance(function, dict) and isinstance(function.get("name"), str)):
+        raise ValueError(f"{short_repr(call)} is no call of a tool: it needs function with name and arguments")
+    arguments = _parsed(function, "arguments")
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise ValueError(f"arguments={short_repr(arguments)} must be a JSON object, or its text")
+    ids = {key: call[key] for key in ("id",) if call.get(key) is not None}
+    return {**ids, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _tools(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the definitions of tools of a row, as OpenAI's API has them."""
+    tools = _parsed(record, "tools")
+    if not tools:
+        return None
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"tools={short_repr(tools)} must be a list of definitions of functions")
+    wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    for tool in wrapped:
+        if not (isinstance(tool["function"], dict) and isinstance(tool["function"].get("name"), str)):
+            raise ValueError(f"{short_repr(tool)} is no definition of a tool: it needs function with a name")
+    return wrapped
+
+
+def _check_conversation(conversation: Conversation) -> None:
+    learned = conversation.messages[conversation.prompt_messages :]
+    if not any(message["role"] == "assistant" for message in learned):
+        raise ValueError('it has no message whose role is "assistant", and so nothing to learn')
+
+
+KINDS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any], RowOptions], Any]]] = {
+    "text": (("text",), _convert_text),
+    "messages": (("messages",), _convert_messages),
+    "prompt and completion": (("prompt", "completion"), _convert_completion),
+    "Alpaca": (("instruction", "output"), _convert_alpaca),
+    "ShareGPT": (("conversations",), _convert_sharegpt),
+}
+"""The kinds of rows: the keys by which each is recognized, and what converts it."""
+
+_OPTIONAL = ("tools", "system", "input", "history")
+
+COLUMNS = (*dict.fromkeys(key for keys, _ in KINDS.values() for key in keys), *_OPTIONAL)
+"""The keys that --columns may name."""

@@ -1,0 +1,134 @@
+"""Files, folders and data sets are read into rows, each with its place; what is damaged is named."""
+
+import csv
+import hashlib
+import json
+import sys
+
+import pytest
+
+from lowmem import FileError
+from lowmem.finetuning.data_files import Row, combined_digest, is_hub_name, read_data_files
+
+ROWS = [{"prompt": 'a, "b"\nc', "completion": "ü"}, {"prompt": "d", "completion": ""}]
+
+
+def read(path):
+    (file,) = read_data_files(path)
+    assert file.name == str(path)
+    return file.rows
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "CSV"])
+def test_tables_are_read_as_csv_writes_them_with_the_line_of_each_row(suffix, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        table = csv.DictWriter(file, ["prompt", "completion"], delimiter="\t" if suffix == "tsv" else ",")
+        table.writeheader()
+        table.writerows(ROWS)
+    assert read(path) == [Row("line 2", ROWS[0]), Row("line 4", ROWS[1])]
+    assert read_data_files(path)[0].digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_cell_may_be_longer_than_the_limit_of_csv_which_stays(tmp_path):
+    limit, cell = csv.field_size_limit(), "a" * 200_000
+    (tmp_path / "a.csv").write_text(f"text\n{cell}\n")
+    assert read(tmp_path / "a.csv") == [Row("line 2", {"text": cell})]
+    assert csv.field_size_limit() == limit
+
+
+def test_a_row_with_too_many_or_too_few_cells_is_a_mistake_of_that_row(tmp_path):
+    (tmp_path / "a.csv").write_text("\na,b\n1,2\n1\n\n1,2,3\n3,4\n")
+    whole = [Row("line 3", {"a": "1", "b": "2"}), Row("line 7", {"a": "3", "b": "4"})]
+    assert read(tmp_path / "a.csv") == [
+        whole[0],
+        Row("line 4", mistake="it has 1 cells, and the first line has 2"),
+        Row("line 6", mistake="it has 3 cells, and the first line has 2"),
+        whole[1],
+    ]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_list_of_objects_is_read_from_json(wrapped, tmp_path):
+    items = [*ROWS, 3]
+    (tmp_path / "a.json").write_text(json.dumps({"data": items} if wrapped else items))
+    assert read(tmp_path / "a.json") == [Row(f"row {number}", item) for number, item in enumerate(items, 1)]
+
+
+def test_lines_are_counted_with_those_that_are_empty(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{\n[1]\n')
+    rows = read(tmp_path / "a.jsonl")
+    assert [row.place for row in rows] == ["line 1", "line 3", "line 4"]
+    assert rows[1].mistake == "'{' is no JSON object; a .jsonl file has one in each line"
+    assert rows[2] == Row("line 4", [1])
+
+
+def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path):
+    for name in ("b.txt", "a.jsonl", ".hidden.txt", "notes.md"):
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    (tmp_path / "folder").mkdir()
+    files = read_data_files(tmp_path)
+    assert [file.name for file in files] == [str(tmp_path / name) for name in ("a.jsonl", "b.txt")]
+    assert combined_digest(files) != combined_digest(files[::-1])
+    assert combined_digest(files[:1]) == files[0].digest
+    with pytest.raises(FileError, match=r"folder': it has no file whose name ends in \.txt, \.jsonl"):
+        read_data_files(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("a.json", "{", "it is no JSON: JSONDecodeError.*a file with an object in each line is named .jsonl"),
+        ("a.json", '{"rows": []}', r'it must be a list of objects, or {"data": \[...\]}'),
+        ("a.json", "[]", "it is empty"),
+        ("a.csv", "a,b\n", "it is empty"),
+        ("a.csv", "question;answer\n1;2\n", "its first line is one column, 'question;answer': save it with commas"),
+        ("a.tsv", "question,answer\n1,2\n", "its first line is one column, 'question,answer': save it with tabs"),
+        ("a.csv", "a,b,a\n1,2,3\n", "its first line names a column twice: \\['a', 'b', 'a'\\]"),
+        ("a.csv", 'a,b\n1,2\n1,"2\n', "line 3: unexpected end of data; write cells with quotes"),
+        ("a.csv", 'a,b\n1,"2"3\n', "line 2: ',' expected after '\"'"),
+        ("a.doc", "a", r"its name must end in \.txt, \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
+        ("a", "a", "its name must end in"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_remedy(name, content, why, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(FileError, match=f"^cannot read '.*{name}': .*{why}"):
+        read_data_files(tmp_path / name)
+
+
+def test_names_of_the_hub_are_no_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me").mkdir()
+    (tmp_path / "me" / "here").mkdir()
+    for name in ("me/qa", "me/qa:test", "me/qa:test:main", "a-b/c.d_e"):
+        assert is_hub_name(name), name
+    for name in ("me/here", "./qa", "~/qa", "/me/qa", "a/b/c", "qa", "me/qa.csv", "me/", "me/qa:", "../qa"):
+        assert not is_hub_name(name), name
+
+
+def test_parquet_is_read_without_the_nulls_that_it_fills_in(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install '.[data]'")
+    from pyarrow.parquet import write_table
+
+    calls = [{"function": {"name": name, "arguments": {key: 1}}} for name, key in (("f", "x"), ("g", "y"))]
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": calls}], "text": None},
+        {"messages": None, "text": "b"},
+    ]
+    path = tmp_path / "a.parquet"
+    write_table(pyarrow.Table.from_pylist(rows), path)
+    assert read(path) == [Row("row 1", rows[0]), Row("row 2", rows[1])]
+    assert read_data_files(path)[0].digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(FileError, match="a.parquet': it is no whole parquet file"):
+        read_data_files(path)
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("me/qa", "datasets")])
+def test_without_its_package_a_file_is_refused_with_the_command_for_it(name, package, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"{name}'.* needs .*{package}: pip install '\.\[data\]'"):
+        read_data_files(name)

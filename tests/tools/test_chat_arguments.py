@@ -1,0 +1,72 @@
+"""The chat template, its variables and the system message are those that are named, or those of the record."""
+
+import argparse
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from lowmem import FileError
+from lowmem.tools.chat_arguments import (
+    ChatSettings,
+    add_chat_arguments,
+    apply_chat_arguments,
+    read_recorded_chat_settings,
+)
+
+
+def parsed(*argv):
+    parser = argparse.ArgumentParser()
+    add_chat_arguments(parser, "a template")
+    return parser.parse_args(argv)
+
+
+def test_what_is_not_named_is_as_recorded(tmp_path):
+    recorded = ChatSettings("be kind", {"a": 1})
+    (tmp_path / "a.jinja").write_text("{{ messages }}\n")
+    tokenizer = SimpleNamespace(chat_template="own")
+    assert apply_chat_arguments(parsed(), tokenizer, recorded) == recorded
+    assert tokenizer.chat_template == "own"
+    given = parsed("--system", "s", "--template-kwargs", '{"b": [2]}', "--chat-template", str(tmp_path / "a.jinja"))
+    found = apply_chat_arguments(given, tokenizer, recorded)
+    assert (found.system, found.template_kwargs, len(found.template_digest)) == ("s", {"b": [2]}, 64)
+    assert tokenizer.chat_template == "{{ messages }}\n"
+    assert apply_chat_arguments(parsed("--chat-template", "none"), tokenizer) == ChatSettings()
+    assert tokenizer.chat_template == "{{ messages }}\n"
+    assert apply_chat_arguments(parsed("--template-kwargs", "{}"), tokenizer, recorded).template_kwargs == {}
+
+
+def test_settings_come_back_from_a_record(tmp_path):
+    assert read_recorded_chat_settings(tmp_path, "training.json") == ChatSettings()
+    assert read_recorded_chat_settings(tmp_path / "missing", "training.json") == ChatSettings()
+    for settings in (ChatSettings(), ChatSettings("be kind", {"enable_thinking": False})):
+        (tmp_path / "training.json").write_text(json.dumps({"chat": settings.as_json(), "run": {}}))
+        assert read_recorded_chat_settings(tmp_path, "training.json") == settings
+    (tmp_path / "training.json").write_text('{"run": {}}')  # of a run before there were settings
+    assert read_recorded_chat_settings(tmp_path, "training.json") == ChatSettings()
+    for chat in (3, {"system": 3}, {"template_kwargs": "a"}):
+        (tmp_path / "training.json").write_text(json.dumps({"chat": chat}))
+        with pytest.raises(FileError, match=r"training.json': chat=.* must hold system and template_kwargs"):
+            read_recorded_chat_settings(tmp_path, "training.json")
+
+
+def test_bad_values_are_refused_by_the_parser(capsys):
+    for option, value, why in (
+        ("--system", "", "'' must be a text that is not empty"),
+        ("--chat-template", "", "'' must be a text that is not empty"),
+        ("--template-kwargs", "{", "'{' must be a JSON object, as"),
+        ("--template-kwargs", "[1]", "'[1]' must be a JSON object, as"),
+    ):
+        with pytest.raises(SystemExit):
+            parsed(option, value)
+        assert why in capsys.readouterr().err
+
+
+def test_an_empty_or_missing_template_is_an_error_of_its_file(tmp_path):
+    tokenizer = SimpleNamespace(chat_template="own")
+    (tmp_path / "a.jinja").write_text(" \n")
+    with pytest.raises(FileError, match=r"a.jinja': it is empty; name a file with a chat template"):
+        apply_chat_arguments(parsed("--chat-template", str(tmp_path / "a.jinja")), tokenizer)
+    with pytest.raises(OSError, match="cannot read"):
+        apply_chat_arguments(parsed("--chat-template", str(tmp_path / "b.jinja")), tokenizer)
+    assert tokenizer.chat_template == "own"

@@ -1,0 +1,209 @@
+"""What `lowmem fit` reads of its data, refuses of it, and says of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+
+from lowmem.__main__ import main
+from lowmem.integrations.transformers import TextTokenizer
+from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
+from tests.tools.conftest import CHAT, LINES
+
+QA = [{"question": f"after {n}?", "answer": f"{n + 1}"} for n in range(20)]
+
+
+def write_lines(name, rows):
+    Path(name).write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+
+
+@pytest.fixture
+def shown(results):
+    """Return a function that reads the data of a run, and returns the first example's text and what is learned."""
+
+    def run(*options):
+        found = results("fit", "llama", *options, "--show", "1")
+        pieces = found["examples"][0]["pieces"]
+        return "".join(text for text, _ in pieces), "".join(text for text, learned in pieces if learned), found
+
+    return run
+
+
+def test_prompts_are_messages_where_the_model_has_a_template(place, shown, capsys):
+    write_lines("a.jsonl", [{"prompt": "after 1?", "completion": "2"}])
+    assert shown("--data", "a.jsonl")[:2] == ("<user>after 1?;<assistant>2;", "2;")
+    assert shown("--data", "a.jsonl", "--system", "add")[0] == "<system>add;<user>after 1?;<assistant>2;"
+    assert shown("--data", "a.jsonl", "--chat-template", "none")[:2] == ("after 1?2</s>", "2</s>")
+    Path("other.jinja").write_text(CHAT.replace("<", "[").replace(">", "]"))
+    assert shown("--data", "a.jsonl", "--chat-template", "other.jinja")[:2] == ("[user]after 1?;[assistant]2;", "2;")
+    Path("variable.jinja").write_text("{{ greeting }}" + CHAT)
+    options = ["--chat-template", "variable.jinja", "--template-kwargs", '{"greeting": "hello"}']
+    assert shown("--data", "a.jsonl", *options)[0] == "hello<user>after 1?;<assistant>2;"
+    config = Path("llama", "tokenizer_config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": None}))
+    assert shown("--data", "a.jsonl")[:2] == ("after 1?2</s>", "2</s>")
+
+
+def test_the_first_line_says_what_was_read_as_what(place, capsys):
+    argv = ["fit", "llama", "--steps", "1", "--rank", "2"]
+    assert main([*argv, "--data", "data.jsonl"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    kinds = "20 text, 20 prompt and completion in the chat template, 20 messages"
+    assert first == f"data: data.jsonl: {kinds}; up to 64 tokens in a row"
+    assert main([*argv, "--data", "data.jsonl", "--data", "text.txt", "--chat-template", "none"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    kinds = "20 text, 20 prompt and completion as plain text, 20 messages, 1 text file"
+    assert first == f"data: data.jsonl, text.txt: {kinds}; up to 64 tokens in a row"
+    assert main([*argv, "--data", "data.jsonl", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["run"]["prompts"] == "chat"
+    assert "\ndata: data.jsonl: 20 text, 20 prompt and completion in the chat template" in err
+
+
+def test_strings_with_the_template_s_own_tokens_are_refused_with_the_option(place, refused):
+    write_lines("a.jsonl", [{"prompt": "<s>after 1?", "completion": "2"}])
+    told = refused("fit", "llama", "--data", "a.jsonl", "--show", "1")
+    assert "line 1: prompt holds '<s>', which the chat template writes itself: take it out, or train" in told
+    assert told.endswith("with --chat-template none\n")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl"])
+def test_a_table_of_questions_is_read_with_the_columns_that_the_error_suggests(suffix, place, refused, shown):
+    between = {"csv": ",", "tsv": "\t"}.get(suffix)
+    if between:
+        write_lines(f"qa.{suffix}", [between.join(QA[0]), *(between.join(row.values()) for row in QA)])
+    elif suffix == "json":
+        Path("qa.json").write_text(json.dumps({"data": QA}))
+    else:
+        write_lines("qa.jsonl", QA)
+    first = {"csv": "line 2", "tsv": "line 2", "json": "row 1", "jsonl": "line 1"}[suffix]
+    told = refused("fit", "llama", "--data", f"qa.{suffix}", "--show", "1")
+    assert f"cannot read 'qa.{suffix}': {first}, as each of its 20 rows: it has keys 'question', 'answer'" in told
+    remedy = "--columns prompt=question completion=answer"
+    assert told.endswith(f"name its columns with {remedy}\n")
+    assert shown("--data", f"qa.{suffix}", *remedy.split())[0] == "<user>after 0?;<assistant>1;"
+
+
+def test_bad_columns_are_refused(place, refused):
+    write_lines("qa.jsonl", QA)
+    for columns, why in (
+        (["promt=question"], "'promt=question' must be KEY=COLUMN, where KEY is one of text, messages, prompt"),
+        (["prompt"], "'prompt' must be KEY=COLUMN"),
+        (["prompt="], "'prompt=' must be KEY=COLUMN"),
+        (["prompt=question", "prompt=answer"], "--columns names prompt more than once: give each key one column"),
+        (["prompt=question", "completion=a"], "and --columns names 'a': name columns that are there"),
+    ):
+        assert why in refused("fit", "llama", "--data", "qa.jsonl", "--columns", *columns, "--show", "1"), columns
+
+
+def test_each_row_with_a_mistake_is_named_and_can_be_skipped(place, capsys, results):
+    bad = {n: "{" if n % 2 else json.dumps({"prompt": f"{n}"}) for n in range(30, 1000, 49)}
+    rows = [bad.get(n, json.dumps({"prompt": f"{n}", "completion": f"{n + 1}"})) for n in range(1, 1001)]
+    assert len(bad) == 20
+    write_lines("a.jsonl", rows)
+    argv = ["fit", "llama", "--data", "a.jsonl", "--show", "1"]
+    assert main(argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1] for line in lines[:-1]] == [f" line {n}" for n in bad]
+    assert lines[-1] == (
+        "lowmem fit: cannot read 'a.jsonl': 20 of 1,000 rows have mistakes, the first is line 30: mend them, or add "
+        "--skip-bad-rows to train without them"
+    )
+    assert main([*argv, "--skip-bad-rows"]) == 0
+    out, err = capsys.readouterr()
+    assert "data: a.jsonl: 980 prompt and completion in the chat template" in out
+    assert err.splitlines()[0] == "lowmem fit: 20 of 1,000 rows of a.jsonl are left out:"
+    assert [line.split(":")[1] for line in err.splitlines()[1:21]] == [f" line {n}" for n in bad]
+
+
+def test_rows_that_are_only_mistakes_are_refused_also_where_they_would_be_skipped(place, refused):
+    write_lines("a.jsonl", [{"txt": 1}, {"txt": 2}])
+    told = refused("fit", "llama", "--data", "a.jsonl", "--skip-bad-rows", "--show", "1")
+    assert "line 1, as each of its 2 rows: it has keys 'txt'" in told
+
+
+def test_several_files_and_folders_are_mixed(place, results):
+    Path("more").mkdir()
+    write_lines("more/qa.csv", ["instruction,output", *(",".join(row.values()) for row in QA)])
+    found = results("fit", "llama", "--data", "data.jsonl", "--data", "more", "--steps", "1", "--save", "out")
+    record = json.loads(Path("out", "training.json").read_text())
+    assert (found["run"]["examples"], record["data"]) == (80, "data.jsonl, more")
+    assert "trained on `data.jsonl, more`" in Path("out", "README.md").read_text()
+    # One file has the digest that it had before several could be named
+    found = results("fit", "llama", "--data", "more/qa.csv", "--steps", "1")
+    digest = found["run"]["data"]
+    assert digest == results("fit", "llama", "--data", "more", "--steps", "1")["run"]["data"]
+
+
+def test_what_is_wrong_with_rows_is_said_with_the_first_row(place, capsys):
+    config = Path("llama", "tokenizer_config.json")
+    template = CHAT.replace("in messages %}", "in messages if m.role != 'system' %}").replace("};", "}")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": template}))
+    talk = LINES[-1]["messages"]
+    rows = [{"messages": talk}, {"messages": [{"role": "system", "content": "be kind"}, *talk]}]
+    rows += [{"prompt": "a" * 70, "completion": "b"}]
+    write_lines("a.jsonl", rows)
+    write_lines("b.jsonl", [{"messages": [{"role": "user", "content": "new"}, talk[1]]}, {"messages": talk}])
+    assert main(["fit", "llama", "--data", "a.jsonl", "--eval-data", "b.jsonl", "--steps", "1", "--cut"]) == 0
+    told = capsys.readouterr().err
+    for line in (
+        "the chat template leaves out the message of the system: 1 rows of a.jsonl, the first is line 2",
+        "no special token ends the answer, so that the model does not learn to stop: 3 rows of a.jsonl, the first is "
+        "line 1",
+        "1 examples of a.jsonl are left out, since nothing that counts is left; the first is line 3",
+        "1 of the 2 held-out examples also stand in the part that is trained, so that its perplexity is too low; the "
+        "first is line 2",
+    ):
+        assert f"lowmem fit: {line}\n" in told
+
+
+def test_the_length_follows_from_the_data(place, shown):
+    config = Path("llama", "config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 4096}))
+    base = len("<user>;<assistant>;")
+    lengths = [100, 101, *[200] * 97, 1000]
+    write_lines("a.jsonl", [{"prompt": "a" * (n - base - 1), "completion": "b"} for n in lengths])
+    *_, found = shown("--data", "a.jsonl")
+    assert (found["length"], found["lengths"]) == (256, {"median": 200, "90%": 200, "99%": 200, "longest": 1000})
+    write_lines("b.jsonl", [{"prompt": "a" * 3000, "completion": "b"}])
+    assert shown("--data", "b.jsonl", "--cut", "--length", "4096")[2]["length"] == 4096
+    Path("c.txt").write_text("a" * 5000)
+    *_, found = shown("--data", "c.txt")
+    assert (found["length"], found["lengths"]["longest"]) == (512, 512)
+    write_lines("d.jsonl", [{"text": "a" * 3000}])
+    assert shown("--data", "d.jsonl")[2]["length"] == 2048
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 128}))
+    assert shown("--data", "a.jsonl", "--cut")[2]["length"] == 128
+
+
+def test_options_on_conversations_are_refused_where_there_are_none(place, refused):
+    Path("own.jinja").write_text(CHAT)
+    for option, value in (("--system", "a"), ("--template-kwargs", "{}"), ("--chat-template", "own.jinja")):
+        told = refused("fit", "llama", "--data", "text.txt", option, value, "--show", "1")
+        assert f"{option} applies to conversations, and the data has none: leave it out" in told
+
+
+def test_the_end_of_an_answer_is_learned_where_it_is_the_padding_token(place, results):
+    tokenizer = read_tokenizer(Path("llama"))
+    assert tokenizer.pad_token_id == TextTokenizer(tokenizer).end
+    write_lines("a.jsonl", [{"prompt": "a", "completion": "b"}])
+    found = results("fit", "llama", "--data", "a.jsonl", "--chat-template", "none", "--show", "1")
+    assert found["examples"][0]["pieces"] == [["a", False], ["b</s>", True]]
+    assert found["examples"][0]["tokens"][-1] == tokenizer.pad_token_id
+
+
+def test_settings_of_the_chat_are_recorded_and_change_a_run(place, capsys, refused):
+    argv = ["fit", "llama", "--data", "data.jsonl", "--steps", "1", "--save", "out"]
+    assert main([*argv, "--system", "add", "--template-kwargs", '{"a": 1}']) == 0
+    record = json.loads(Path("out", "training.json").read_text())
+    assert record["chat"] == {"system": "add", "template_kwargs": {"a": 1}}
+    told = refused("fit", *argv[1:], "--system", "other", "--template-kwargs", '{"a": 1}', "--resume")
+    assert "system was 'add' and is 'other': go on with what the run was started with" in told
+
+
+def test_names_of_files_that_are_missing_are_no_names_of_the_hub(place, refused):
+    for name in ("missing.jsonl", "a/missing.csv", "./a/b", "a/b/c"):
+        told = refused("fit", "llama", "--data", name, "--show", "1")
+        assert "cannot read" in told, told
