@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from lowmem.errors import short_repr, value_errors_as_file_errors
-from lowmem.io.model_folder import read_json_object
+from lowmem.io.model_folder import CONFIG, read_json_object
 from lowmem.nn.techniques import BlockwiseTechnique, Budget, EightBit, FourBit, Half, blockwise_technique
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS
 
@@ -33,6 +33,12 @@ def technique_format_name(technique: StorageTechnique) -> str:
     if isinstance(technique, Budget):
         return f"{technique.bits:g} bits"
     return str(technique.format) if isinstance(technique, BlockwiseTechnique) else technique or AS_IT_IS
+
+
+def kept_base_or_none(adapter_folder: Path) -> Path | None:
+    """Return the folder of the base that is kept beside an adapter; None: there is none, or an adapter called so."""
+    folder = adapter_folder / KEPT_BASE
+    return folder if (folder / CONFIG).is_file() else None
 
 
 def read_training_technique_or_none(adapter_folder: Path) -> StorageTechnique:

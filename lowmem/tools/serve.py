@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from lowmem.io.formats.peft.peft_reader import adapter_folders_without_model, check_not_adapters_only
 from lowmem.io.hub_names import hub_name_and_commit_or_none
 from lowmem.io.remote_code import empty_stdin
-from lowmem.io.training_record import KEPT_BASE
+from lowmem.io.training_record import kept_base_or_none
 from lowmem.tools.hub_arguments import add_revision_argument, fetch_model, parse_model_path
 from lowmem.tools.serve_limits import LimitsMiddleware
 
@@ -51,16 +51,15 @@ def run(arguments: argparse.Namespace) -> int:
         empty_model_on_meta,
     )
 
-    kept_base = folder / KEPT_BASE
-    has_kept_base = list(adapter_folders_without_model(folder)) == ["default"] and kept_base.is_dir()
-    if not has_kept_base:
+    kept_base = kept_base_or_none(folder) if list(adapter_folders_without_model(folder)) == ["default"] else None
+    if kept_base is None:
         check_not_adapters_only(folder, "serve")
-    model_folder = kept_base if has_kept_base else folder
+    model_folder = kept_base or folder
     config, _ = checked_config_and_tensor_bytes(model_folder, "serve")
     empty_model_on_meta(model_folder, architecture_class(model_folder, config))
     if not is_serve_available():
         raise ImportError("lowmem serve needs the server of transformers: pip install 'transformers[serving]'")
-    if not has_kept_base:
+    if kept_base is None:
         return _serve_folder(folder.resolve(), name, options)
     with TemporaryDirectory(prefix="lowmem-") as scratch:
         served = Path(scratch, "model").resolve()

@@ -28,7 +28,7 @@ from lowmem.io.filesystem import has_magic_bytes
 from lowmem.io.formats.gguf.gguf_file import MAGIC
 from lowmem.io.formats.peft.peft_reader import CONFIG, adapter_folders_without_model
 from lowmem.io.hub_names import is_hub_name
-from lowmem.io.training_record import KEPT_BASE, StorageTechnique, read_training_technique_or_none
+from lowmem.io.training_record import StorageTechnique, kept_base_or_none, read_training_technique_or_none
 from lowmem.transforms.named_adapters import activate, adapter_names, deactivate
 
 
@@ -92,9 +92,9 @@ def adapter_base_and_technique(
     if adapter_folder.is_file():
         assert base is not None
         return base, None
-    kept = adapter_folder / KEPT_BASE
-    if base is None and not dense_base and kept.is_dir():
-        return kept, None
+    kept_base = kept_base_or_none(adapter_folder)
+    if base is None and not dense_base and kept_base is not None:
+        return kept_base, None
     path = adapter_base_path(adapter_folder, fetch_base) if base is None else base
     technique = None if dense_base else read_training_technique_or_none(adapter_folder)
     if technique is not None and (adapter_folders_without_model(path) or quantizing_program_or_none(path, "load")):

@@ -77,6 +77,15 @@ def test_a_base_is_stored_as_it_was_while_its_adapter_trained(tmp_path, techniqu
     assert_same(dense, lowmem.load_adapter(load(tmp_path / "dense"), tuned))
 
 
+def test_an_adapter_that_is_called_base_is_no_kept_base(tmp_path):
+    tuned = write_adapter_of_training(tmp_path, format="nf4")
+    model = lowmem.add_adapter(load(tmp_path / "dense"), "base", lowmem.LoRA(2))
+    lowmem.save_adapter(model, tuned / "base", format="peft", base_name=str(tmp_path / "dense"))
+    model, _ = open_model_and_tokenizer(tuned, adapter_name="default")
+    expected = load(tmp_path / "dense", quantization_config=LowmemConfig(lowmem.FourBit("nf4")))
+    assert_same(model, lowmem.load_adapter(expected, tuned))
+
+
 def test_a_base_that_is_stored_already_stays_as_it_is(tmp_path):
     tuned = write_adapter_of_training(tmp_path, format="nf4")
     stored = tmp_path / "stored" / "dense"
