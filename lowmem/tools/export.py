@@ -18,6 +18,7 @@ from lowmem.io.formats.export_model import checked_or_inferred_export_format, ex
 from lowmem.io.formats.export_results import Exported, combined_relative_rms_error
 from lowmem.io.formats.lazy_model import open_lazy_model
 from lowmem.io.formats.peft.peft_reader import adapter_folders_without_model
+from lowmem.io.hub_names import displayed_model_name
 from lowmem.io.shards import INDEX
 from lowmem.tools.arguments import DTYPES, add_verbose_argument, option_string, parse_nonempty_path
 from lowmem.tools.hub_arguments import fetch_base, fetch_model, parse_model_path
@@ -153,8 +154,10 @@ def _export_base_and_adapter(arguments: argparse.Namespace, format_name: str, ad
                 progress_display("store the base", MofNCompleteColumn, TimeRemainingColumn) as update,
                 weights_read_reported(lambda done, total: update(completed=done, total=total)),
             ):
-                quantize_folder(base, scratch / base.resolve().name, technique)
-            base = scratch / base.resolve().name
+                # Under its name, which is compared with the one that the adapter names
+                stored_base = scratch / Path(displayed_model_name(base.resolve())).name
+                quantize_folder(base, stored_base, technique)
+            base = stored_base
         model = load_adapter(load_folder(base), folder, adapter_name)
         save_adapter(model, adapter_out, format=kind, **({} if kind == "gguf" else {"base_name": str(arguments.out)}))
         undo.callback(shutil.rmtree if adapter_out.is_dir() else os.unlink, adapter_out)

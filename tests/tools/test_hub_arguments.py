@@ -66,6 +66,8 @@ def test_an_adapter_names_its_base_and_commit_and_answers_from_the_cache(hub, ca
     assert main(merge.split()) == 0
     assert hub.requests == []
     assert "note:" not in capsys.readouterr().err
+    assert main(["export", "tuned", "tuned.gguf", "--requantize"]) == 0
+    assert "the adapter says" not in capsys.readouterr().err
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert main(["fit", "me/llama", *FIT, "--revision", hub.commit, "--save", "tuned", "--resume"]) == 0
 
