@@ -32,7 +32,7 @@ from lowmem.finetuning.text_examples import Texts
 from lowmem.finetuning.training_state import States, forked_rng
 from lowmem.io.adapter_files import load_adapter
 from lowmem.io.filesystem import exclusive_write_lock
-from lowmem.io.training_record import RECORD_FILE, StorageTechnique
+from lowmem.io.training_record import RECORD_FILE, StorageTechnique, kept_base_or_none
 from lowmem.nn.dot_product_attention import float32_attention_mode_if_faster
 from lowmem.tools.arguments import select_local_rank_device
 from lowmem.tools.fit_dry_run import print_planned_memory
@@ -124,7 +124,9 @@ def _output_locked_by_rank_zero(save_path: Path | None, ranks: TrainingProcessGr
 
 def _run_training_job(arguments: argparse.Namespace, job: FineTuningJob, ranks: TrainingProcessGroup) -> int:
     if job.save_path is not None and arguments.resume and job.remove_states_if_complete():
-        print(f"{escaped_and_truncated(str(job.save_path))} is complete already", file=sys.stderr)
+        lacks_base = job.keep_base and kept_base_or_none(job.save_path) is None
+        lack = ", without the base that --keep-base asks for: remove it to train again" if lacks_base else ""
+        print(f"{escaped_and_truncated(str(job.save_path))} is complete already{lack}", file=sys.stderr)
         if arguments.json:
             print_json(json.loads((job.save_path / RECORD_FILE).read_text()))
         return 0

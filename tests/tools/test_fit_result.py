@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,11 @@ def test_a_kept_base_is_the_one_that_trained_and_generate_opens_it(place, capsys
     assert "note:" not in told
     assert "the base of" in refused_by_main(capsys, "generate", "out", "--dense-base", "--prompt", "a")
     assert main(["fit", "elsewhere", *options, "--keep-base", "--resume"]) == 0
-    assert "out is complete already" in capsys.readouterr().err
+    assert "out is complete already\n" in capsys.readouterr().err
+    shutil.rmtree("out/base")
+    assert main(["fit", "elsewhere", *options, "--keep-base", "--resume"]) == 0
+    told = "out is complete already, without the base that --keep-base asks for: remove it to train again\n"
+    assert told in capsys.readouterr().err
 
 
 def refused_by_main(capsys, *argv) -> str:
