@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from lowmem.errors import error_type_and_first_line, printable_line
+from lowmem.errors import error_type_and_first_line, file_error, printable_line, short_repr
 from lowmem.io.formats.peft.peft_reader import CONFIG as ADAPTER_CONFIG
 from lowmem.io.formats.peft.peft_reader import WEIGHTS as ADAPTER_WEIGHTS
 from lowmem.io.model_folder import CONFIG, WEIGHT_FILE_ENDINGS, WEIGHTS, is_config_or_tokenizer_file
@@ -84,6 +84,8 @@ def download_model(
     weight_file = next((file for file in _WEIGHT_FILES if file in names), None)
     if weights and weight_file is None:
         raise ValueError(_no_weights_text(name, names))
+    if CONFIG not in names and ADAPTER_CONFIG not in names:
+        raise ValueError(f"model={name!r} has no {CONFIG}: name a model of transformers; nothing was fetched")
     try:
         files = [file for file in names if "/" not in file and is_config_or_tokenizer_file(file)]
         if weights and weight_file is not None:
@@ -105,7 +107,11 @@ def _weight_files(name: str, commit: str | None, weight_file: str) -> list[str]:
     if not weight_file.endswith(INDEX):
         return [weight_file]
     index = Path(hf_hub_download(name, weight_file, revision=commit))
-    return [weight_file, *sorted(set(read_weight_map(index).values()))]
+    shards = sorted(set(read_weight_map(index).values()))
+    other = next((shard for shard in shards if not shard.endswith(".safetensors")), None)
+    if other is not None:
+        raise file_error(index, f"it names {short_repr(other)}, which is no file of safetensors, and was not fetched")
+    return [weight_file, *shards]
 
 
 def _no_weights_text(name: str, files: Collection[str]) -> str:

@@ -180,14 +180,25 @@ def test_pickles_and_files_of_gguf_are_named_and_not_fetched(hub, tmp_path):
     assert hub.fetched() == []
 
 
-def test_an_index_that_leads_out_of_its_folder_is_refused(hub, folders, tmp_path):
+@pytest.mark.parametrize("shard", ["../../secret.safetensors", "pytorch_model.bin"])
+def test_an_index_of_what_is_no_safetensors_file_beside_it_is_refused(hub, folders, tmp_path, shard):
     shutil.copytree(folders / "shards", tmp_path / "bad")
     index = tmp_path / "bad" / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
+    index.write_text(json.dumps({"weight_map": {"a": shard}}))
     hub.add("me/bad", tmp_path / "bad")
-    with pytest.raises(ValueError, match="secret"):
+    with pytest.raises(ValueError, match=shard):
         download_model("me/bad")
     assert hub.fetched() == ["model.safetensors.index.json"]
+
+
+def test_a_repository_without_a_config_is_refused_before_its_weights_are_fetched(hub, folders, tmp_path):
+    shutil.copytree(folders / "one", tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").unlink()
+    hub.add("me/bare", tmp_path / "bare")
+    for weights in (True, False):
+        with pytest.raises(ValueError, match="model='me/bare' has no config.json.*nothing was fetched"):
+            download_model("me/bare", weights=weights)
+    assert hub.fetched() == []
 
 
 def test_the_cache_lies_where_huggingface_hub_has_it(hub, tmp_path):
