@@ -218,7 +218,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--dry-run measures a step on the CPU: leave --device={arguments.device} out")
     base = folder_or_gguf_or_none(arguments.model)
     if base is not None or is_hub_name(arguments.model):
-        base = fetch_model(HubName(arguments.model) if base is None else base, arguments.revision)
+        if base is None and arguments.data is None:
+            raise ValueError(f"--data must name a file of texts to train model={arguments.model!r} on, as FILE.jsonl")
+        model = HubName(arguments.model) if base is None else base
+        # Examples are shown by the tokenizer alone
+        base = fetch_model(model, arguments.revision, weights=arguments.show is None)
         return fit_language.run(arguments, base)
     if ":" not in arguments.model and arguments.model not in VARIANTS:
         raise ValueError(

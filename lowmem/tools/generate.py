@@ -98,9 +98,6 @@ def run(arguments: argparse.Namespace) -> int:
     device = select_local_rank_device(arguments.device)
     if arguments.prompt is None and not arguments.chat and sys.stdin.isatty():
         raise ValueError("there is no prompt: give --prompt TEXT or --chat, or write it to standard input")
-    arguments.model = fetch_model(arguments.model, arguments.revision)
-    shown_name = f"open {displayed_model_name(arguments.model)}"
-    base = None if arguments.base is None else fetch_model(arguments.base)
     from lowmem.integrations.transformers.model_facts import delayed_transformers_log
     from lowmem.integrations.transformers.text_generation import end_token_ids, open_model_and_tokenizer
 
@@ -109,6 +106,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{option_string(name)} applies to --chat: add it, or leave the option out")
     if arguments.chat_template == NO_TEMPLATE:
         raise ValueError(f"--chat-template={NO_TEMPLATE}: --chat needs a template: give --prompt in its place")
+    arguments.model = fetch_model(arguments.model, arguments.revision)
+    shown_name = f"open {displayed_model_name(arguments.model)}"
+    base = None if arguments.base is None else fetch_model(arguments.base)
     recorded = read_recorded_chat_settings(arguments.model, RECORD_FILE)
     with (
         delayed_transformers_log(),

@@ -109,6 +109,13 @@ def test_a_plan_fetches_the_config_alone(hub, results):
     assert {**plan, "model": None} == {**other, "model": None}
 
 
+def test_examples_are_shown_without_the_weights(hub, results):
+    shown = results("fit", "me/llama", "--data", "data.jsonl", "--show", "1")
+    assert len(shown["examples"]) == 1
+    assert "tokenizer.json" in hub.fetched()
+    assert "model.safetensors" not in hub.fetched()
+
+
 def test_a_plan_of_a_stored_model_has_its_weights(hub, results, place):
     assert main(["quantize", "offered", "small"]) == 0
     hub.add("me/small", place / "small")
@@ -146,6 +153,17 @@ def test_models_of_the_hub_are_compared_and_quantized(hub, place, results):
 def test_paths_never_reach_the_network(hub, refused, command):
     for path in ("./me/missing", "me/missing/", "~/missing", "me/llama/model", "../me", "me/missing.gguf"):
         refused(*(word.format(path) for word in command))
+    assert hub.requests == []
+
+
+def test_options_are_checked_before_anything_is_fetched(hub, refused):
+    refused("generate", "me/llama", "--prompt", "a", "--system", "b")
+    refused("fit", "me/llama")
+    refused("fit", "me/llama", *FIT, "--dry-run", "--device", "cuda")
+    refused("compare", "me/llama", "me/llama", "--text", "text.txt", "--batch", "2")
+    refused("stats", "me/llama", "--plan", "--device", "cuda")
+    refused("quantize", "me/llama", "out", "--format", "int8", "--search")
+    refused("merge", "me/llama", "offered", "out", "--inputs", "nothing")
     assert hub.requests == []
 
 
