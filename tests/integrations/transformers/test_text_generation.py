@@ -60,7 +60,9 @@ def write_adapter_of_training(home, **run):
     return home / "tuned"
 
 
-@pytest.mark.parametrize("technique", [lowmem.FourBit(), lowmem.FourBit("nf4", embeddings="4bit"), lowmem.Half()])
+@pytest.mark.parametrize(
+    "technique", [lowmem.FourBit(), lowmem.FourBit("nf4", embeddings="4bit"), lowmem.Half(), lowmem.Budget(4.9)]
+)
 def test_a_base_is_stored_as_it_was_while_its_adapter_trained(tmp_path, technique):
     run = {"format": technique_format_name(technique), "embeddings": getattr(technique, "embeddings", None)}
     tuned = write_adapter_of_training(tmp_path, **run)
@@ -70,7 +72,8 @@ def test_a_base_is_stored_as_it_was_while_its_adapter_trained(tmp_path, techniqu
     assert_same(model, lowmem.load_adapter(expected, tuned))
     assert counts[0][0] == 0
     assert counts[-1] == (counts[0][1],) * 2
-    assert counts == sorted(counts)
+    # A budget reads the weights twice
+    assert technique == lowmem.Budget(4.9) or counts == sorted(counts)
     named, _ = open_model_and_tokenizer(tuned, tmp_path / "dense")
     assert_same(named, model)
     dense, _ = open_model_and_tokenizer(tuned, dense_base=True)
