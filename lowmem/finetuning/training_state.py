@@ -80,15 +80,7 @@ class States:
                 "its states are pickles (step-*/.metadata): nothing was read or executed; remove it to begin anew",
                 "go on from",
             )
-        states_and_names: list[tuple[SavedState, str]] = []
-        damaged: list[str] = []
-        for name in FILES:
-            path = self.folder / name
-            if os.path.lexists(path):
-                try:
-                    states_and_names.append((self._read_checked_state(path), name))
-                except FileError as error:
-                    damaged.append(_error_text_without_remedy(error))
+        states_and_names, damaged = self._read_states_and_errors()
         if not states_and_names:
             if damaged:
                 why = f"none of its states is whole: {damaged[-1]}; remove it to begin anew"
@@ -102,6 +94,25 @@ class States:
         self.facts = dict(saved.record.get("facts", {}))
         self._last = saved.step, name
         return saved
+
+    def newest_origin_or_none(self) -> dict[str, Any] | None:
+        """Return what the run of the newest undamaged state was started with; ``newest`` reports damaged ones."""
+        states_and_names, _ = self._read_states_and_errors()
+        saved = max((saved for saved, _ in states_and_names), key=lambda saved: saved.step, default=None)
+        return None if saved is None else dict(saved.record["origin"])
+
+    def _read_states_and_errors(self) -> tuple[list[tuple[SavedState, str]], list[str]]:
+        """Return the undamaged states with their names, and the errors of the others."""
+        states_and_names: list[tuple[SavedState, str]] = []
+        damaged: list[str] = []
+        for name in FILES:
+            path = self.folder / name
+            if os.path.lexists(path):
+                try:
+                    states_and_names.append((self._read_checked_state(path), name))
+                except FileError as error:
+                    damaged.append(_error_text_without_remedy(error))
+        return states_and_names, damaged
 
     def save(self, saved: SavedState) -> None:
         """Write a state in place of the older of the two, or of what is no file.

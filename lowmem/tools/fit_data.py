@@ -93,6 +93,7 @@ class FitTexts:
         paths: of the data.
         options: how rows were read.
         notes: on the texts, to be printed behind what is said of the model.
+        window: the most tokens of a window of .txt files, where it is less than ``length``.
     """
 
     tokenizer: Any
@@ -103,6 +104,7 @@ class FitTexts:
     options: RowOptions
     chat: ChatSettings
     notes: tuple[str, ...]
+    window: int | None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -122,6 +124,7 @@ class FitTexts:
             "columns": dict(self.options.columns) or None,
             "prompts": "chat" if PROMPTS_AS_CHAT in self.texts.kinds and self.options.prompts_as_chat else None,
             "chat_template": self.chat.template_digest,
+            "window": self.window,
             **self.chat.as_json(),
         }
 
@@ -155,7 +158,8 @@ def read_fit_texts(arguments: argparse.Namespace, tokenizer: Any, positions: int
     elif positions is not None and length > positions:
         raise ValueError(f"--length={length} is more than the {positions} positions that the model has: lower it")
     check_length(length)
-    window = WINDOW if arguments.length is None else None
+    window = WINDOW if arguments.length is None else getattr(arguments, "text_window", None)
+    window = window if window is not None and window < length else None
     name = ", ".join(arguments.data)
     texts = rows.texts(length, name, window)
     _check_chat_is_used(arguments, texts)
@@ -174,7 +178,26 @@ def read_fit_texts(arguments: argparse.Namespace, tokenizer: Any, positions: int
         texts, held_out = texts.split(arguments.eval_share, arguments.seed)
     notes += [] if held_out is None else _overlap_notes(texts, held_out)
     paths = tuple(map(Path, arguments.data))
-    return FitTexts(tokenizer, paths, length, texts, held_out, options, chat, tuple(notes))
+    return FitTexts(tokenizer, paths, length, texts, held_out, options, chat, tuple(notes), window)
+
+
+def take_data_options_of_run(arguments: argparse.Namespace, run: Mapping[str, Any]) -> None:
+    """Set options on the data that are not given to those of the run that goes on.
+
+    ``run``: as ``FineTuningJob.run_identity_dict``; a run of an earlier version trained prompts as plain text.
+    """
+    columns = run.get("columns")
+    options = {
+        "columns": None if columns is None else [*columns.items()],
+        "system": run.get("system"),
+        "template_kwargs": run.get("template_kwargs"),
+        "chat_template": NO_TEMPLATE if run.get("prompts") is None and run.get("chat_template") is None else None,
+    }
+    for name, value in options.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    if arguments.length is None:
+        arguments.length, arguments.text_window = run.get("length"), run.get("window")
 
 
 def _columns(pairs: Sequence[tuple[str, str]]) -> Mapping[str, str]:

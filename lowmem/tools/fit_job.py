@@ -40,7 +40,7 @@ from lowmem.io.training_record import RECORD_FILE, StorageTechnique, technique_f
 from lowmem.nn.techniques import Budget, Half, LoRA, blockwise_technique
 from lowmem.tools.arguments import DEFAULT_RANK, option_string
 from lowmem.tools.chat_arguments import RECORD_KEY
-from lowmem.tools.fit_data import FitTexts, read_fit_texts
+from lowmem.tools.fit_data import FitTexts, read_fit_texts, take_data_options_of_run
 from lowmem.tools.output import escaped_and_truncated, finite_or_none
 from lowmem.version import __version__
 
@@ -144,10 +144,8 @@ class FineTuningJob:
             FileError: another run has written it; the first thing that differs is named.
         """
         assert self.save_path is not None
-        try:
-            with open_regular_file(self.save_path / RECORD_FILE) as file:
-                run = dict(json.load(file)["run"])
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        run = _completed_run_or_none(self.save_path)
+        if run is None:
             return False
         check_and_describe_changes(self.save_path, run, self.run_identity_dict(), MAY_DIFFER)
         states = self.make_states_or_none()
@@ -171,6 +169,14 @@ class FineTuningJob:
             # Blocks of the base; None: the format's, or no blocks
             "block_size": getattr(self.technique, "block_size", None),
         }
+
+
+def _completed_run_or_none(save_path: Path) -> dict[str, Any] | None:
+    try:
+        with open_regular_file(save_path / RECORD_FILE) as file:
+            return dict(json.load(file)["run"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def log_folder(job: FineTuningJob) -> Path:
@@ -204,6 +210,13 @@ def check_arguments_and_make_job(
     evaluates = share is not None or arguments.eval_data is not None
     if arguments.eval_every is not None and not evaluates:
         raise ValueError("--eval-every needs held-out text: add --eval-data or --eval-share")
+    if arguments.resume:
+        run = (
+            _completed_run_or_none(arguments.save)
+            or States(states_folder(arguments.save), {}).newest_origin_or_none()
+        )
+        if run is not None:
+            take_data_options_of_run(arguments, run)
     technique, dense = _technique_and_is_dense(model_path, arguments.format, arguments.bits)
     base_notes = _check_and_describe_kept_base(arguments, model_path, technique)
     adapter = _lora_from_arguments(arguments)

@@ -10,6 +10,7 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 from lowmem.__main__ import main
 from lowmem.integrations.transformers import TextTokenizer
 from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
+from lowmem.tools import fit_language
 from tests.tools.conftest import CHAT, LINES
 
 QA = [{"question": f"after {n}?", "answer": f"{n + 1}"} for n in range(20)]
@@ -201,6 +202,39 @@ def test_settings_of_the_chat_are_recorded_and_change_a_run(place, capsys, refus
     assert record["chat"] == {"system": "add", "template_kwargs": {"a": 1}}
     told = refused("fit", *argv[1:], "--system", "other", "--template-kwargs", '{"a": 1}', "--resume")
     assert "system was 'add' and is 'other': go on with what the run was started with" in told
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+def test_runs_of_earlier_versions_go_on_without_new_options(is_done, place, capsys, monkeypatch):
+    """They trained prompts as plain text in rows of 512 tokens, or of as many as the model takes."""
+    config = Path("llama", "config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 1024}))
+    argv = ["fit", "llama", "--data", "data.jsonl", "--data", "text.txt", "--steps", "3", "--save", "out"]
+    with monkeypatch.context() as patch:
+        if not is_done:
+            patch.setattr(
+                fit_language, "write_adapter_folder", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
+        code = main([*argv, "--length", "512", "--chat-template", "none", "--save-every", "1"])
+        assert code == (0 if is_done else 130)
+    capsys.readouterr()
+    assert main([*argv, "--resume"]) == 0
+    run = json.loads(Path("out", "training.json").read_text())["run"]
+    assert (run["length"], run["prompts"], run["window"]) == (512, None, None)
+    assert ("is complete already" in capsys.readouterr().err) == is_done
+
+
+def test_a_run_goes_on_with_the_options_that_it_was_started_with(place, capsys):
+    write_lines("qa.jsonl", [{"q": "a" * 600, "a": "b"}] * 2)
+    Path("text.txt").write_text("a" * 1200)
+    config = Path("llama", "config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 1024}))
+    argv = ["fit", "llama", "--data", "qa.jsonl", "--data", "text.txt", "--steps", "1", "--save", "out"]
+    assert main([*argv, "--columns", "prompt=q", "completion=a", "--system", "be kind"]) == 0
+    run = json.loads(Path("out", "training.json").read_text())["run"]
+    assert (run["length"], run["window"], run["system"]) == (640, 512, "be kind")
+    assert main([*argv, "--resume"]) == 0
+    assert "is complete already" in capsys.readouterr().err
 
 
 def test_names_of_files_that_are_missing_are_no_names_of_the_hub(place, refused):
