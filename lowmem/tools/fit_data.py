@@ -15,6 +15,7 @@ from lowmem.finetuning.row_kinds import COLUMNS, RowOptions
 from lowmem.finetuning.text_examples import (
     ALL_MASKED,
     PROMPTS_AS_CHAT,
+    TEXT_FILE,
     EncodedRows,
     Texts,
     check_length,
@@ -94,6 +95,7 @@ class FitTexts:
         options: how rows were read.
         notes: on the texts, to be printed behind what is said of the model.
         window: the most tokens of a window of .txt files, where it is less than ``length``.
+        lengths: of the rows of ``--data`` before they are cut, and of windows of .txt files.
     """
 
     tokenizer: Any
@@ -105,6 +107,7 @@ class FitTexts:
     chat: ChatSettings
     notes: tuple[str, ...]
     window: int | None
+    lengths: tuple[int, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -163,6 +166,8 @@ def read_fit_texts(arguments: argparse.Namespace, tokenizer: Any, positions: int
     name = ", ".join(arguments.data)
     texts = rows.texts(length, name, window)
     _check_chat_is_used(arguments, texts)
+    lengths = tuple(len(row.tokens) for row in rows.rows if row.kind != TEXT_FILE)
+    lengths = lengths or tuple(len(example.ids) for example in texts.examples)
     truncation_notes = _truncation_notes(texts, name, positions)
     if texts.lost_ends > CUT_SHARE * len(texts.ends) and not arguments.cut:
         raise ValueError(f"{truncation_notes[0]}; or add --cut to train without them")
@@ -178,7 +183,7 @@ def read_fit_texts(arguments: argparse.Namespace, tokenizer: Any, positions: int
         texts, held_out = texts.split(arguments.eval_share, arguments.seed)
     notes += [] if held_out is None else _overlap_notes(texts, held_out)
     paths = tuple(map(Path, arguments.data))
-    return FitTexts(tokenizer, paths, length, texts, held_out, options, chat, tuple(notes), window)
+    return FitTexts(tokenizer, paths, length, texts, held_out, options, chat, tuple(notes), window, lengths)
 
 
 def take_data_options_of_run(arguments: argparse.Namespace, run: Mapping[str, Any]) -> None:

@@ -52,13 +52,13 @@ def print_examples(arguments: argparse.Namespace, model_path: Path) -> int:
             for line in _underlined_lines(pieces):
                 console.print(line)
     quantiles = ", ".join(f"{name} {value:,}" for name, value in lengths.items())
-    console.print(f"\ntokens of the {len(data.texts.examples):,} examples: {quantiles}; --length {data.length}")
+    console.print(f"\ntokens of the {len(data.lengths):,} examples: {quantiles}; --length {data.length}")
     return 0
 
 
 def _length_quantiles(data: FitTexts) -> dict[str, int]:
-    """Return quantiles of the lengths of the examples, before they are cut, where they have an end."""
-    lengths = sorted(data.texts.ends or [len(example.ids) for example in data.texts.examples])
+    """Return quantiles of the lengths of the rows, before they are cut."""
+    lengths = sorted(data.lengths)
     return {name: lengths[math.ceil(share * len(lengths)) - 1] for name, share in QUANTILES.items()}
 
 

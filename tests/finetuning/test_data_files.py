@@ -132,3 +132,23 @@ def test_without_its_package_a_file_is_refused_with_the_command_for_it(name, pac
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"{name}'.* needs .*{package}: pip install '\.\[data\]'"):
         read_data_files(name)
+
+
+def test_a_data_set_of_the_hub_is_read_by_its_split_and_config(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install '.[data]'")
+    asked = []
+
+    def load_dataset(name, config, *, split, download_config):
+        asked.append((name, config, split, download_config.max_retries))
+        if name != "me/qa":
+            raise ConnectionError(f"Couldn't reach {name!r} on the Hub")
+        return datasets.Dataset.from_list([{"prompt": "a", "completion": "b", "n": None}])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in ("me/qa", "me/qa:test", "me/qa:test:main"):
+        (file,) = read_data_files(name)
+        assert file.rows == [Row("row 1", {"prompt": "a", "completion": "b", "n": None})]
+    assert asked == [("me/qa", None, "train", 1), ("me/qa", None, "test", 1), ("me/qa", "main", "test", 1)]
+    with pytest.raises(FileError, match="^cannot read 'a/qa': there is no such file or folder here.*reach 'a/qa'"):
+        read_data_files("a/qa")

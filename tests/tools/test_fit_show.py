@@ -37,7 +37,7 @@ def test_what_is_learned_is_underlined_where_there_are_no_colours(place, capsys)
         "efg</s>",
         " ^^^^^^",
         "",
-        "tokens of the 2 examples: median 25, 90% 25, 99% 25, longest 25; --length 64",
+        "tokens of the 2 examples: median 4, 90% 25, 99% 25, longest 25; --length 64",
     ]
     assert sorted(place.rglob("*")) == before
 
