@@ -67,7 +67,7 @@ class GatedMLPSpec:
 
 
 @dataclass(frozen=True)
-class ActivationSpec:
+class Act:
     """How a module without parameters computes an activation, a key of ``ACTIVATIONS``."""
 
     activation: str
@@ -84,7 +84,7 @@ class LayerNormSpec:
         return "layer norm fused: adapted layers compute again what it returns"
 
 
-FusionSpec: TypeAlias = "RMSNormSpec | GatedMLPSpec | ActivationSpec | LayerNormSpec"
+FusionSpec: TypeAlias = "RMSNormSpec | GatedMLPSpec | Act | LayerNormSpec"
 """How a fusable module computes its output."""
 
 
@@ -115,10 +115,10 @@ class FusedModule(PreparedModule):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy or pickle the plain module, and fuse the copy."""
-        return fuse_in_place, (unprepared_shallow_copy(self), self.fused_as)
+        return fuse, (unprepared_shallow_copy(self), self.fused_as)
 
 
-def fuse_in_place(module: nn.Module, spec: FusionSpec) -> nn.Module:
+def fuse(module: nn.Module, spec: FusionSpec) -> nn.Module:
     """Fuse a module that computes ``how``, in place; it stays an instance of its class. Returns the module."""
     prepend_prepared_class(module, FusedModule, fused_as=spec, fused_with=_mlp_activation_callables(module, spec))
     return module
@@ -165,7 +165,7 @@ def _run_fused_layer_norm_or_none(module: Any, x: Tensor, spec: LayerNormSpec) -
     return recomputable_layer_norm(x, *affine, module.normalized_shape, module.eps)
 
 
-def _run_fused_activation_or_none(module: Any, x: Tensor, spec: ActivationSpec) -> Tensor | None:
+def _run_fused_activation_or_none(module: Any, x: Tensor, spec: Act) -> Tensor | None:
     """Fuse contiguous inputs only: torch's result has the input's layout, such as channels last."""
     return recomputable_activation(x, spec.activation) if x.is_contiguous() else None
 
@@ -233,7 +233,7 @@ def mlp_children_except_linears(module: nn.Module, spec: GatedMLPSpec) -> list[n
 _FUSED_FORWARDS: dict[type, Callable[[Any, Tensor, Any], Tensor | None]] = {
     RMSNormSpec: _run_fused_rms_norm_or_none,
     GatedMLPSpec: _run_fused_mlp_or_none,
-    ActivationSpec: _run_fused_activation_or_none,
+    Act: _run_fused_activation_or_none,
     LayerNormSpec: _run_fused_layer_norm_or_none,
 }
 """For each way to compute: the fused forward, which returns None where the module's own forward must run."""

@@ -16,7 +16,7 @@ from lowmem.kernels.rms_norm_and_gating import ACTIVATIONS
 from lowmem.nn.call_context import has_customized_call
 from lowmem.nn.module_class import hookless_shallow_copy
 from lowmem.training.fused import (
-    ActivationSpec,
+    Act,
     FusionSpec,
     GatedMLPSpec,
     LayerNormSpec,
@@ -64,7 +64,7 @@ def probe_fusion_spec_or_reason(module: nn.Module, training: bool = True) -> Fus
                 if norm is not None
                 else _probe_gated_mlp_spec_or_reason(module, layers or [], training)
             )
-    if isinstance(result, RMSNormSpec | GatedMLPSpec | ActivationSpec) and "forward" in vars(module):
+    if isinstance(result, RMSNormSpec | GatedMLPSpec | Act) and "forward" in vars(module):
         return "it has a forward of its own, which another library has put into it"
     return result
 
@@ -208,7 +208,7 @@ def _is_activation_candidate(module: nn.Module) -> bool:
     return len(taken) == 2 and all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in taken.values())
 
 
-def _probe_activation_spec_or_none(module: nn.Module) -> ActivationSpec | None:
+def _probe_activation_spec_or_none(module: nn.Module) -> Act | None:
     """Return which activation a module computes; None, without a reason for the report, for other functions."""
     names, copied = list(ACTIVATIONS), hookless_shallow_copy(module, type(module)).train()
     for dtype, shape in ((tested_dtype, shape) for tested_dtype in _DTYPES for shape in _SHAPES[tested_dtype]):
@@ -230,7 +230,7 @@ def _probe_activation_spec_or_none(module: nn.Module) -> ActivationSpec | None:
             if _are_all_close(pairs, 8 * torch.finfo(dtype).eps):
                 matching.append(name)
         names = matching
-    return ActivationSpec(names[0]) if names and numeric_attributes(copied) == numeric_attributes(module) else None
+    return Act(names[0]) if names and numeric_attributes(copied) == numeric_attributes(module) else None
 
 
 def _mlp_linear_names_or_none(module: nn.Module) -> list[str] | None:

@@ -22,7 +22,7 @@ from lowmem.nn.module_class import change_class_and_attributes, derived_class
 from lowmem.nn.stored_module import StoredModule
 from lowmem.resident import raise_heap_trim_threshold
 from lowmem.training.activation_compression import compressed_activations
-from lowmem.training.fused import FusionSpec, GatedMLPSpec, LayerNormSpec, fuse_in_place, mlp_children_except_linears
+from lowmem.training.fused import FusionSpec, GatedMLPSpec, LayerNormSpec, fuse, mlp_children_except_linears
 from lowmem.training.fusion_recognition import probe_fusion_spec_or_reason
 from lowmem.training.lazy_logits import make_logits_lazy
 from lowmem.training.prepared_module import (
@@ -101,7 +101,7 @@ def prepare_training(model: M, memory: str = "fast", *, output: str | Iterable[s
         lazy = [item for item in layers if _lazy_logits_refusal_or_none(item) is None]
         dtype, lean = _bfloat16_for_logits_if_fast(model), memory == "lean"
         for module, how in _fusion_specs_by_module(model, lean).items():
-            fuse_in_place(module, how)
+            fuse(module, how)
         for layer in lazy:
             make_logits_lazy(layer, chunk, dtype)
         if lean:

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional
 
 from lowmem import convert
-from lowmem.training.fused import GatedMLPSpec, RMSNormSpec, fuse_in_place
+from lowmem.training.fused import GatedMLPSpec, RMSNormSpec, fuse
 
 WIDTH, INNER = 64, 96
 
@@ -91,8 +91,8 @@ def make(*techniques, joined=False, dtype=torch.float32):
 
 
 def fused(model):
-    fuse_in_place(model.norm, NORM)
-    fuse_in_place(model.mlp, JOINED if hasattr(model.mlp, "gate_up") else SEPARATE)
+    fuse(model.norm, NORM)
+    fuse(model.mlp, JOINED if hasattr(model.mlp, "gate_up") else SEPARATE)
     return model
 
 

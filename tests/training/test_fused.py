@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowmem import FourBit, LoRA, compressed_activations, kernels, release_training
 from lowmem.measure import PeakMemory
-from lowmem.training.fused import ActivationSpec, LayerNormSpec, fuse_in_place
+from lowmem.training.fused import Act, LayerNormSpec, fuse
 from lowmem.training.fused_functions import recomputable_rms_norm
 from tests.rounding import unit
 from tests.training.blocks import (
@@ -38,8 +38,8 @@ from tests.training.blocks import (
 def test_what_a_fused_module_returns_can_be_written_to(dtype, kernel):
     block = fused(make(dtype=dtype))
     layer_norm, act = nn.LayerNorm(WIDTH).to(dtype), nn.SiLU()
-    fuse_in_place(layer_norm, LayerNormSpec())
-    fuse_in_place(act, ActivationSpec("SiLU"))
+    fuse(layer_norm, LayerNormSpec())
+    fuse(act, Act("SiLU"))
     x = batch(dtype)
     with kernels.temporary_cpu_backend(kernels.available_cpu_backend_names()[-1] if kernel == "best" else kernel):
         for module in (block.norm, block.mlp, layer_norm, act):
@@ -188,14 +188,14 @@ def test_a_norm_of_16_bits_and_of_mixed_dtypes():
     model = make()
     x = batch(torch.bfloat16)
     expected = model.norm(x)
-    found = fuse_in_place(model.norm, NORM)(x)
+    found = fuse(model.norm, NORM)(x)
     assert found.dtype is expected.dtype is torch.float32
     assert_near(
         torch.autograd.grad(found.sum(), [x, model.norm.weight]),
         torch.autograd.grad(expected.sum(), [x, model.norm.weight]),
         0.01,
     )
-    only = fuse_in_place(make().norm, replace(NORM, mixes=False))
+    only = fuse(make().norm, replace(NORM, mixes=False))
     assert type(only(x).grad_fn).__name__ != "_RMSNormFunctionBackward"  # as the module does, whatever that is
     assert type(only(batch()).grad_fn).__name__ == "_RMSNormFunctionBackward"
     late = recomputable_rms_norm(batch(torch.bfloat16), torch.ones(WIDTH), 1e-6, offset=1.0)
@@ -209,9 +209,9 @@ def test_lean_keeps_the_input_of_a_block_alone(joined, monkeypatch):
     monkeypatch.setattr(kernels.cpu.CpuBackend, "fast_bfloat16", True)
     model = make(FourBit(compute_dtype=torch.bfloat16), LoRA(4, dropout=0.3), joined=joined)
     x = batch(rows=128)
-    fuse_in_place(model.norm, NORM)
+    fuse(model.norm, NORM)
     how = JOINED if joined else SEPARATE
-    fuse_in_place(model.mlp, how)
+    fuse(model.mlp, how)
 
     def call(x, context=True):
         torch.manual_seed(3)
@@ -225,7 +225,7 @@ def test_lean_keeps_the_input_of_a_block_alone(joined, monkeypatch):
 
     expected, before = gradients(model, x, partial(call, context=False)), kept()
     release_training(model.mlp)
-    fuse_in_place(model.mlp, replace(how, again=True))
+    fuse(model.mlp, replace(how, again=True))
     assert "computes again the outputs of gate" in model.mlp.report_note
     products, coded = 2 * 128 * 2 * INNER, 65 / 64
     assert kept() <= before - products * coded
@@ -254,7 +254,7 @@ def test_another_activation_than_was_fused_is_called(act):
 
 def test_lean_refuses_layers_that_are_not_those_of_forward():
     model, x = make(LoRA(4)), batch(rows=200)
-    fuse_in_place(model.mlp, replace(SEPARATE, again=True))
+    fuse(model.mlp, replace(SEPARATE, again=True))
     changes = {
         "mode": lambda: model.eval(),
         "parameter": lambda: setattr(model.mlp.up, "bias", nn.Parameter(torch.ones(INNER))),

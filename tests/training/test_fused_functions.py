@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowmem import FourBit, LoRA, compressed_activations, convert, kernels, release_training
 from lowmem.kernels.rms_norm_and_gating import ACTIVATIONS
-from lowmem.training.fused import ActivationSpec, LayerNormSpec, fuse_in_place
+from lowmem.training.fused import Act, LayerNormSpec, fuse
 from lowmem.training.fused_functions import gated_product
 from lowmem.training.fusion_recognition import probe_fusion_spec_or_reason
 from tests.training.blocks import INNER, NORM, WIDTH, assert_near, batch, fused, gradients, make, saved
@@ -39,7 +39,7 @@ def test_products_in_bfloat16_are_kept_in_16_bits():
 def test_what_is_written_to_a_product_through_data_is_not_taken_for_bfloat16(monkeypatch):
     monkeypatch.setattr(kernels.cpu.CpuBackend, "fast_bfloat16", True)
     layer = convert(nn.Linear(WIDTH, INNER), FourBit(compute_dtype=torch.bfloat16), LoRA(4)).train()
-    act = fuse_in_place(nn.GELU(), ActivationSpec("GELU"))
+    act = fuse(nn.GELU(), Act("GELU"))
     out = layer(torch.randn(80, WIDTH))
     out.data.add_(2**-10)
     torch.testing.assert_close(act(out), functional.gelu(out), rtol=1e-6, atol=1e-6)
@@ -57,7 +57,7 @@ class NewGELU(nn.Module):
 def test_an_activation_keeps_its_input(kind, name, copies, dtype):
     plain, x = kind(), batch(dtype)
     expected, before = gradients(plain, x), saved(lambda: plain(x))
-    made = fuse_in_place(kind(), ActivationSpec(name))
+    made = fuse(kind(), Act(name))
     bound = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float64: 1e-12}[dtype]
     assert_near(gradients(made, x), expected, bound)
     assert saved(lambda: made(x)) == x.nbytes <= before / copies
@@ -68,7 +68,7 @@ def test_an_activation_keeps_its_input(kind, name, copies, dtype):
 @pytest.mark.parametrize("kind", [nn.GELU, nn.SiLU, partial(nn.GELU, "tanh"), NewGELU])
 def test_activations_of_other_layouts_devices_and_of_batches_of_gradients(kind):
     plain, made = kind(), kind()
-    fuse_in_place(made, probe_fusion_spec_or_reason(made))
+    fuse(made, probe_fusion_spec_or_reason(made))
     x = batch(torch.bfloat16, rows=16).detach().view(2, 8, 8, 16).float().to(memory_format=torch.channels_last)
     assert made(x).stride() == plain(x).stride() == x.stride()
     assert made(x.to("meta")).is_meta
@@ -94,7 +94,7 @@ def test_a_layer_norm_computes_the_same(options, dtype):
     for one in norm.parameters():
         nn.init.normal_(one)
     expected = gradients(norm, x)
-    fuse_in_place(norm, LayerNormSpec())
+    fuse(norm, LayerNormSpec())
     for got, one in zip(gradients(norm, x), expected, strict=True):
         assert torch.equal(got, one)
     assert (
@@ -114,11 +114,7 @@ def test_what_is_returned_is_not_kept_by_the_layer_that_reads_it(name, lean, mon
     layer = convert(nn.Sequential(nn.Linear(WIDTH, INNER)), FourBit(compute_dtype=torch.bfloat16), LoRA(4))
     nn.init.normal_(layer[0].lora_b, std=0.1)
     x = batch(torch.bfloat16, rows=128).detach().float().requires_grad_()  # as a product in bfloat16 returns it
-    before = (
-        fuse_in_place(nn.LayerNorm(WIDTH), LayerNormSpec())
-        if name == "layer norm"
-        else fuse_in_place(nn.SiLU(), ActivationSpec(name))
-    )
+    before = fuse(nn.LayerNorm(WIDTH), LayerNormSpec()) if name == "layer norm" else fuse(nn.SiLU(), Act(name))
 
     def call(x):
         return layer(before(x))
@@ -146,7 +142,7 @@ def test_a_part_of_a_result_is_read(lean, monkeypatch):
         return layer(both[0])[40:120] * layer(both.view(4, 80, WIDTH)[3])
 
     expected = gradients(layer, x, read)
-    fuse_in_place(norm, LayerNormSpec())
+    fuse(norm, LayerNormSpec())
     with compressed_activations(layer) if lean else nullcontext():
         found = gradients(layer, x, read)
     assert_near(found, expected, 0.05 if lean else 1e-5)
@@ -156,7 +152,7 @@ def test_a_part_of_a_result_is_read(lean, monkeypatch):
 def test_lean_computes_a_checkpoint_of_an_activation_again(name):
     """The region's input comes back from 8 bits, with other numbers than those of bfloat16."""
     act, x = (
-        fuse_in_place(nn.SiLU(), ActivationSpec(name)),
+        fuse(nn.SiLU(), Act(name)),
         batch(torch.bfloat16, rows=128).detach().float().requires_grad_(),
     )
     expected = gradients(act, x)
@@ -173,7 +169,7 @@ def test_what_a_norm_returns_is_not_kept_by_the_layers_that_read_it(monkeypatch)
     read = lambda x: sum(layer(model.norm(x)) for layer in layers)  # noqa: E731
     shared = lambda x: (lambda y: sum(layer(y) for layer in layers))(model.norm(x))  # noqa: E731
     expected, plain = gradients(model, x, shared), saved(lambda: shared(x), model)
-    fuse_in_place(model.norm, NORM)
+    fuse(model.norm, NORM)
     found = gradients(model, x, shared)
     assert_near(found, expected, 1e-5)
     assert saved(lambda: shared(x), model) <= plain - x.nbytes // 2
@@ -206,7 +202,7 @@ def test_a_detached_result_of_a_norm_may_outlive_its_graph(lean, monkeypatch):
     for cut in apart.values():
         call = lambda cut=cut: layer(cut(model.norm(x))).float().sin().sum()  # noqa: E731
         expected = torch.autograd.grad(call(), trained)
-        fuse_in_place(model.norm, NORM)
+        fuse(model.norm, NORM)
         with compressed_activations(model) if lean else nullcontext():
             out = call()
             gc.collect()
@@ -233,7 +229,7 @@ def test_a_graph_goes_with_its_last_reference(read, monkeypatch):
     """Not with the next collection of garbage, until which what a step keeps would stay."""
     monkeypatch.setattr(kernels.cpu.CpuBackend, "fast_bfloat16", True)
     layer = convert(nn.Sequential(nn.Linear(WIDTH, INNER)), FourBit(compute_dtype=torch.bfloat16), LoRA(4))
-    norm, x = fuse_in_place(nn.LayerNorm(WIDTH), LayerNormSpec()), batch(rows=128)
+    norm, x = fuse(nn.LayerNorm(WIDTH), LayerNormSpec()), batch(rows=128)
     gc.collect()
     gc.disable()
     try:
@@ -252,9 +248,7 @@ def test_a_graph_goes_with_its_last_reference(read, monkeypatch):
 def test_gradients_in_batches_are_those_of_each(part):
     """As those of a Jacobian that is vectorized; of weights, too."""
     model = fused(make(joined=part == "joined"))
-    module = {"norm": model.norm, "GELU (sigmoid)": fuse_in_place(nn.SiLU(), ActivationSpec("GELU (sigmoid)"))}.get(
-        part, model.mlp
-    )
+    module = {"norm": model.norm, "GELU (sigmoid)": fuse(nn.SiLU(), Act("GELU (sigmoid)"))}.get(part, model.mlp)
     x = batch(rows=300)
     wanted, out = [x, *module.parameters()], module(x)
     grads = torch.randn(3, *out.shape)

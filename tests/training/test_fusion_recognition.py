@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from lowmem import FourBit, LoRA, convert
-from lowmem.training.fused import ActivationSpec, GatedMLPSpec, LayerNormSpec, RMSNormSpec
+from lowmem.training.fused import Act, GatedMLPSpec, LayerNormSpec, RMSNormSpec
 from lowmem.training.fusion_recognition import probe_fusion_spec_or_reason
 from tests.rounding import default_dtype
 from tests.training.blocks import MLP, Norm
@@ -197,18 +197,16 @@ def test_layer_norms_of_torch_alone():
 
 
 def test_activations_without_a_name():
-    assert probe_fusion_spec_or_reason(Function()) == ActivationSpec("GELU (tanh)")
-    assert probe_fusion_spec_or_reason(function(lambda x: x * torch.sigmoid(1.702 * x))) == ActivationSpec(
-        "GELU (sigmoid)"
-    )
-    assert probe_fusion_spec_or_reason(function(lambda x: x / (1 + torch.exp(-x)))) == ActivationSpec("SiLU")
+    assert probe_fusion_spec_or_reason(Function()) == Act("GELU (tanh)")
+    assert probe_fusion_spec_or_reason(function(lambda x: x * torch.sigmoid(1.702 * x))) == Act("GELU (sigmoid)")
+    assert probe_fusion_spec_or_reason(function(lambda x: x / (1 + torch.exp(-x)))) == Act("SiLU")
     assert (
         probe_fusion_spec_or_reason(function(functional.gelu))
         == probe_fusion_spec_or_reason(nn.GELU())
-        == ActivationSpec("GELU")
+        == Act("GELU")
     )
-    assert probe_fusion_spec_or_reason(nn.GELU("tanh")) == ActivationSpec("GELU (tanh)")
-    assert probe_fusion_spec_or_reason(nn.SiLU()) == ActivationSpec("SiLU")
+    assert probe_fusion_spec_or_reason(nn.GELU("tanh")) == Act("GELU (tanh)")
+    assert probe_fusion_spec_or_reason(nn.SiLU()) == Act("SiLU")
     for of in (
         torch.relu,
         torch.tanh,

@@ -9,18 +9,18 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lowmem import LoRA, convert, prepare_training, release_training
-from lowmem.training.fused import ActivationSpec, LayerNormSpec, fuse_in_place
+from lowmem.training.fused import Act, LayerNormSpec, fuse
 from lowmem.training.lazy_logits import LazyLogits, LazyOutputLayer, make_logits_lazy
 from lowmem.training.prepared_module import PreparedModule, check_prepared_class_unchanged
 from tests.refusing import refused
 from tests.training.blocks import JOINED, MLP, NORM, SEPARATE, WIDTH, Norm, assert_near, batch, gradients
 
 KINDS = {
-    "norm": (Norm, lambda one: fuse_in_place(one, NORM)),
-    "gated MLP": (MLP, lambda one: fuse_in_place(one, SEPARATE)),
-    "joined gated MLP": (lambda: MLP(joined=True), lambda one: fuse_in_place(one, JOINED)),
-    "activation": (nn.SiLU, lambda one: fuse_in_place(one, ActivationSpec("SiLU"))),
-    "layer norm": (lambda: nn.LayerNorm(WIDTH), lambda one: fuse_in_place(one, LayerNormSpec())),
+    "norm": (Norm, lambda one: fuse(one, NORM)),
+    "gated MLP": (MLP, lambda one: fuse(one, SEPARATE)),
+    "joined gated MLP": (lambda: MLP(joined=True), lambda one: fuse(one, JOINED)),
+    "activation": (nn.SiLU, lambda one: fuse(one, Act("SiLU"))),
+    "layer norm": (lambda: nn.LayerNorm(WIDTH), lambda one: fuse(one, LayerNormSpec())),
     "output layer": (lambda: nn.Linear(WIDTH, 40), lambda one: make_logits_lazy(one, chunk=8)),
     "lean": (MLP, lambda one: prepare_training(one, "lean")),
     "lean, with adapters of its own": (
