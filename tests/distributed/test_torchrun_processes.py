@@ -78,7 +78,7 @@ def test_an_error_of_all_processes_is_told_by_the_first(rank, monkeypatch, capsy
     assert line_of(*missing) == told  # rank 0 has none since all were started anew
     rank(0, restart=2)
     told = line_of("fit", "lora", "--rank", "x")
-    assert "--rank: 'x' must be a positive integer" in told
+    assert "--rank/--lora-r: 'x' must be a positive integer" in told
     rank(1, restart=2)
     assert line_of("fit", "lora", "--rank", "x") == ""
 
