@@ -16,7 +16,7 @@ from lowmem.errors import error_type_and_first_line, file_error, quoted_path, sh
 from lowmem.io.filesystem import open_regular_file, read_errors_with_path, read_text_and_sha256
 from lowmem.version import install_command
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:\w[\w.-]*){0,2}", re.ASCII)
+_HUB_DATA_SET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:\w[\w.-]*){0,2}", re.ASCII)
 """``owner/name``, ``owner/name:split`` or ``owner/name:split:config``."""
 
 
@@ -49,10 +49,12 @@ class DataFile:
     digest: str
 
 
-def is_hub_name(name: str) -> bool:
+def is_hub_data_set_name(name: str) -> bool:
     """Whether a name is a data set's on the Hub: it is no path that exists, and no name of a file."""
     return (
-        HUB_NAME.fullmatch(name) is not None and not Path(name).exists() and Path(name).suffix.lower() not in READERS
+        _HUB_DATA_SET.fullmatch(name) is not None
+        and not Path(name).exists()
+        and Path(name).suffix.lower() not in READERS
     )
 
 
@@ -64,7 +66,7 @@ def read_data_files(path: str | Path) -> list[DataFile]:
         OSError: a file cannot be read.
         ImportError: a package is missing that reads it.
     """
-    if is_hub_name(str(path)):
+    if is_hub_data_set_name(str(path)):
         return [_read_hub_data_set(str(path))]
     path = Path(path)
     if not path.is_dir():

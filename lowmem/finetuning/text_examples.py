@@ -10,6 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -86,7 +87,7 @@ class Example:
 
     @classmethod
     def of(cls, tokens: Sequence[int], is_target: Sequence[bool]) -> Example:
-        """Make an example from tokens; ``counts`` says of each whether it is to be predicted."""
+        """Make an example from tokens; ``is_target`` says of each whether it is to be predicted."""
         ids = torch.tensor(tokens, dtype=torch.int32, device="cpu")
         targets = torch.full_like(ids, IGNORED)
         targets[:-1] = torch.where(torch.tensor(is_target[1:], dtype=torch.bool, device="cpu"), ids[1:], IGNORED)
@@ -161,7 +162,7 @@ class Texts:
             replace(
                 template,
                 examples=[self.examples[number] for number in part.tolist()],
-                places=tuple(self.places[number] for number in part.tolist()),
+                places=tuple(self.places[number] for number in part.tolist()) if self.places else (),
             )
             for part in parts
         )
@@ -298,6 +299,7 @@ class EncodedRows:
 
 def encode_rows(files: Sequence[DataFile], tokenizer: Tokenizer, options: RowOptions) -> EncodedRows:
     """Return the tokens of all rows of files, and the mistakes of those that cannot be read."""
+    start = [token for token in tokenizer.encode("", True) if token != tokenizer.end]
     encoded: list[EncodedRow] = []
     mistakes: list[tuple[str, str]] = []
     for file in files:
@@ -306,14 +308,15 @@ def encode_rows(files: Sequence[DataFile], tokenizer: Tokenizer, options: RowOpt
             try:
                 if row.mistake is not None:
                     raise ValueError(row.mistake)
-                encoded.append(_encode_row(place, row.content, tokenizer, options))
+                encoded.append(_encode_row(place, row.content, tokenizer, options, start))
             except (ValueError, TypeError) as reason:
                 mistakes.append((place, str(reason)))
     is_one_text = len(files) == 1 and [row.kind for row in encoded] == [TEXT_FILE]
     return EncodedRows(encoded, mistakes, combined_digest(files), is_one_text)
 
 
-def _encode_row(place: str, content: Any, tokenizer: Tokenizer, options: RowOptions) -> EncodedRow:
+def _encode_row(place: str, content: Any, tokenizer: Tokenizer, options: RowOptions, start: list[int]) -> EncodedRow:
+    """Return the tokens of a row; ``start``: the special tokens with which the tokenizer begins each text."""
     kind, row = convert_row(content, options)
     end: int | None = None
     findings: tuple[str, ...] = ()
@@ -328,6 +331,8 @@ def _encode_row(place: str, content: Any, tokenizer: Tokenizer, options: RowOpti
     else:
         tokens, counts, end, findings = _conversation_tokens_mask_end_and_findings(row, tokenizer)
         kind = PROMPTS_AS_CHAT if row.prompt_messages else kind
+    if start and tokens[: 2 * len(start)] == 2 * start:
+        findings = (DOUBLE_START, *findings)
     return EncodedRow(
         place,
         kind,
@@ -336,7 +341,7 @@ def _encode_row(place: str, content: Any, tokenizer: Tokenizer, options: RowOpti
         end,
         is_windowed=isinstance(row, PlainText),
         is_chat=isinstance(row, Conversation),
-        findings=(*_start_findings(tokens, tokenizer), *findings),
+        findings=findings,
     )
 
 
@@ -367,7 +372,7 @@ def _conversation_tokens_mask_end_and_findings(
         raise ValueError(f"{type(tokenizer).__name__} formats no tools: take a ToolTokenizer, as TextTokenizer is")
     else:
         pieces = [*tokenizer.chat(messages)]
-        encode_pieces = lambda pieces: [tokenizer.encode(piece, False) for piece in pieces]  # noqa: E731
+        encode_pieces = partial(_encode_separately, tokenizer)
     answers = [number for number, (_, counted) in enumerate(pieces) if counted]
     context = sum(message["role"] == "assistant" for message in messages[: conversation.prompt_messages])
     learned = {*answers[context:]}
@@ -378,27 +383,25 @@ def _conversation_tokens_mask_end_and_findings(
         counts += [number in learned] * len(piece_tokens)
     texts = [piece for piece, _ in pieces[: max(learned) + 1]]
     end = sum(map(len, encode_pieces([*texts[:-1], texts[-1].rstrip()])))
+    text = "".join(piece for piece, _ in pieces)
     findings = [
         f"the chat template leaves out the message of the {message['role']}"
         for message in messages
-        if message["role"] != "assistant" and not _is_written(message["content"], pieces)
+        if message["role"] != "assistant" and not _is_written(message["content"], text)
     ]
     if isinstance(tokenizer, ToolTokenizer) and tokens[end - 1] not in tokenizer.special:
         findings.append(NO_END)
     return tokens, counts, end, tuple(dict.fromkeys(findings))
 
 
-def _is_written(content: str | None, pieces: Sequence[tuple[str, bool]]) -> bool:
-    """Whether a message is in the text of a conversation, as it is or in JSON."""
-    text, content = "".join(piece for piece, _ in pieces), (content or "").strip()
+def _encode_separately(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[Sequence[int]]:
+    return [tokenizer.encode(piece, False) for piece in pieces]
+
+
+def _is_written(content: str | None, text: str) -> bool:
+    """Whether a message stands in the text of its conversation, unchanged or as JSON."""
+    content = (content or "").strip()
     return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
-
-
-def _start_findings(tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Return the finding of a text that begins with its first special tokens twice."""
-    start = [token for token in tokenizer.encode("", True) if token != tokenizer.end]
-    is_doubled = start and [*tokens[: 2 * len(start)]] == 2 * start
-    return (DOUBLE_START,) if is_doubled else ()
 
 
 def _tokens_with_end_token(tokens: list[int], tokenizer: Tokenizer) -> list[int]:

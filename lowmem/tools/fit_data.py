@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import file_error, printable_line
-from lowmem.finetuning.data_files import DataFile, is_hub_name, read_data_files
+from lowmem.finetuning.data_files import DataFile, is_hub_data_set_name, read_data_files
 from lowmem.finetuning.row_kinds import COLUMNS, RowOptions
 from lowmem.finetuning.text_examples import (
     ALL_MASKED,
@@ -112,7 +112,7 @@ class FitTexts:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the data without the folders of this machine; those on the Hub are whole."""
-        return tuple(str(path) if is_hub_name(str(path)) else path.name for path in self.paths)
+        return tuple(str(path) if is_hub_data_set_name(str(path)) else path.name for path in self.paths)
 
     def description(self) -> str:
         """Return the line that says what was read, as what."""

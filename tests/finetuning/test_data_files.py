@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from lowmem import FileError
-from lowmem.finetuning.data_files import Row, combined_digest, is_hub_name, read_data_files
+from lowmem.finetuning.data_files import Row, combined_digest, is_hub_data_set_name, read_data_files
 
 ROWS = [{"prompt": 'a, "b"\nc', "completion": "ü"}, {"prompt": "d", "completion": ""}]
 
@@ -102,9 +102,9 @@ def test_names_of_the_hub_are_no_paths(tmp_path, monkeypatch):
     (tmp_path / "me").mkdir()
     (tmp_path / "me" / "here").mkdir()
     for name in ("me/qa", "me/qa:test", "me/qa:test:main", "a-b/c.d_e"):
-        assert is_hub_name(name), name
+        assert is_hub_data_set_name(name), name
     for name in ("me/here", "./qa", "~/qa", "/me/qa", "a/b/c", "qa", "me/qa.csv", "me/", "me/qa:", "../qa"):
-        assert not is_hub_name(name), name
+        assert not is_hub_data_set_name(name), name
 
 
 def test_parquet_is_read_without_the_nulls_that_it_fills_in(tmp_path):

@@ -16,6 +16,7 @@ from lowmem.finetuning.text_examples import (
     IGNORED,
     NO_END,
     Example,
+    Texts,
     ToolTokenizer,
     encode_rows,
     read_examples,
@@ -329,3 +330,10 @@ def test_all_rows_with_mistakes_are_counted_and_the_first_is_named(tmp_path):
     with pytest.raises(FileError, match=r"line 2: '\{' is no JSON object.*; 2 more rows have mistakes$"):
         read_examples(path, LETTERS, 9)
     assert [place for place, _ in encoded(LETTERS, path).mistakes] == ["line 2", "line 3", "line 4"]
+
+
+def test_texts_that_a_user_makes_without_places_are_split():
+    examples = [Example.of([number, 1, 2], [True] * 3) for number in range(4)]
+    first, second = Texts(examples, "digest", False).split(0.5, 0)
+    assert [len(part.examples) for part in (first, second)] == [2, 2]
+    assert first.places == second.places == ()

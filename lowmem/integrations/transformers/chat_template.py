@@ -82,7 +82,7 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 start, stop = self._answer_span(text, messages, tools, index)
-                if not (done <= start < stop and _is_written(message, text[start:stop])):
+                if not (done <= start < stop and _is_answer_in_span(message, text[start:stop])):
                     raise ValueError(
                         f"message {index + 1} cannot be found in what the tokenizer's chat template makes of the "
                         "messages: give prompt and completion"
@@ -147,7 +147,7 @@ class ChatTemplate:
         return length
 
 
-def _is_written(message: Mapping[str, Any], span: str) -> bool:
+def _is_answer_in_span(message: Mapping[str, Any], span: str) -> bool:
     """Whether a span holds what a message says, without reasoning, which templates leave out of earlier answers."""
     return message["content"].rpartition("</think>")[2].strip() in span if message.get("content") else True
 
