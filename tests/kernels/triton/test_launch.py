@@ -133,12 +133,12 @@ def test_kernels_compile_and_take_no_more_than_their_ceilings(case, name):
 
 
 def test_a_tile_has_groups_that_end_with_their_blocks():
-    tile = launch.Tile(nbytes=2048, of_row=512, group=16, warps=4)
+    tile = launch.CodeTile(nbytes=2048, of_row=512, group=16, warps=4)
     for block_bytes in (4, 5, 12, 16, 32, 2048):
         for row_bytes in (1, 15, 16, 17, 511, 4096):
-            shape = tile.shape(row_bytes, block_bytes)
+            shape = tile.shape_constants(row_bytes, block_bytes)
             assert block_bytes % shape["GROUP"] == 0
             assert all(number & (number - 1) == 0 for number in shape.values())  # Triton's tiles are powers of two
             assert shape["GROUPS"] * shape["GROUP"] <= 512
             assert shape["ROWS"] * shape["GROUPS"] * shape["GROUP"] in (1024, 2048)
-    assert tile.shape(4096, 32) == {"ROWS": 4, "GROUPS": 32, "GROUP": 16}
+    assert tile.shape_constants(4096, 32) == {"ROWS": 4, "GROUPS": 32, "GROUP": 16}
