@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import file_error, printable_line, short_repr
+from lowmem.errors import file_error, printable_line, short_repr, value_errors_as_file_errors
 from lowmem.io.filesystem import read_text_and_sha256
 from lowmem.io.model_folder import read_json_object
 
@@ -25,16 +27,18 @@ class ChatSettings:
     Args:
         system: the system message of those that have none.
         template_kwargs: variables of the template.
-        template_digest: SHA-256 of the file of a template; None: the tokenizer's own.
+        template: the text of a template; None: the tokenizer's own.
+        date: as ``2026-07-26``: what a template that writes today's date writes on other days, too.
     """
 
     system: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    template_digest: str | None = None
+    template: str | None = None
+    date: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Return what a record has."""
-        return {"system": self.system, "template_kwargs": dict(self.template_kwargs) or None}
+        """Return what a record has beside the template, which is the tokenizer's beside an adapter."""
+        return {"system": self.system, "template_kwargs": dict(self.template_kwargs) or None, "date": self.date}
 
 
 def add_chat_arguments(group: argparse._ActionsContainer, template_help: str) -> None:
@@ -72,21 +76,38 @@ def apply_chat_arguments(
 ) -> ChatSettings:
     """Give a tokenizer of transformers the template that is named, and return the settings.
 
-    What is not named is as ``recorded``.
+    What is not named is as ``recorded``. A template that writes the date of the day writes that of the record.
 
     Raises:
         FileError: the template's file is empty or no UTF-8 text.
         OSError: it cannot be read.
     """
-    digest = recorded.template_digest
+    template = recorded.template
     if arguments.chat_template not in (None, NO_TEMPLATE):
-        text, digest = read_text_and_sha256(Path(arguments.chat_template))
-        if not text.strip():
+        template, _ = read_text_and_sha256(Path(arguments.chat_template))
+        if not template.strip():
             raise file_error(arguments.chat_template, "it is empty; name a file with a chat template")
-        tokenizer.chat_template = text
+    if template is not None:
+        tokenizer.chat_template = template
     system = recorded.system if arguments.system is None else arguments.system
     variables = recorded.template_kwargs if arguments.template_kwargs is None else arguments.template_kwargs
-    return ChatSettings(system, variables, digest)
+    dated = _template_at_date(tokenizer.chat_template, recorded.date, variables)
+    if dated is not None:
+        tokenizer.chat_template = dated
+    return ChatSettings(system, variables, template, None if dated is None else recorded.date)
+
+
+def _template_at_date(template: object, day: str | None, variables: Mapping[str, Any]) -> str | None:
+    """Return a template that writes a date in place of the day's; None: it writes none, or a variable sets it."""
+    if not isinstance(template, str) or day is None:
+        return None
+    names = re.findall(r"set\s+(\w+)\s*=\s*strftime_now\b", template)
+    changed = re.sub(
+        r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""",
+        lambda call: json.dumps(date.fromisoformat(day).strftime(call[2])),
+        template,
+    )
+    return None if changed == template or any(name in variables for name in names) else changed
 
 
 def read_recorded_chat_settings(folder: Path, record_file: str) -> ChatSettings:
@@ -96,12 +117,26 @@ def read_recorded_chat_settings(folder: Path, record_file: str) -> ChatSettings:
         FileError: the record is damaged.
     """
     path = folder / record_file
-    if not path.is_file():
-        return ChatSettings()
-    recorded = read_json_object(path, kind="record").get(RECORD_KEY) or {}
-    system, variables = (
-        (recorded.get(key) for key in ("system", "template_kwargs")) if isinstance(recorded, dict) else (0, 0)
-    )
-    if not (isinstance(system, str | None) and isinstance(variables, dict | None)):
-        raise file_error(path, f"{RECORD_KEY}={short_repr(recorded)} must hold system and template_kwargs")
-    return ChatSettings(system, variables or {})
+    recorded = read_json_object(path, kind="record").get(RECORD_KEY) if path.is_file() else None
+    with value_errors_as_file_errors(path):
+        return parsed_chat_settings({} if recorded is None else recorded)
+
+
+def parsed_chat_settings(recorded: Any, template: str | None = None) -> ChatSettings:
+    """Return settings from what ``as_json`` made of them.
+
+    Raises:
+        ValueError: they are of another kind.
+    """
+    values: dict[str, Any] = recorded if isinstance(recorded, dict) else {"system": 0}
+    system, variables, day = (values.get(key) for key in ("system", "template_kwargs", "date"))
+    if not (isinstance(system, str | None) and isinstance(variables, dict | None) and _is_date_or_none(day)):
+        raise ValueError(f"{RECORD_KEY}={short_repr(recorded)} must hold system, template_kwargs and date")
+    return ChatSettings(system, variables or {}, template, day)
+
+
+def _is_date_or_none(value: Any) -> bool:
+    try:
+        return value is None or bool(date.fromisoformat(value))
+    except (ValueError, TypeError):
+        return False

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from lowmem.finetuning.text_examples import (
     encode_rows,
 )
 from lowmem.tools.arguments import parse_positive_int
-from lowmem.tools.chat_arguments import NO_TEMPLATE, ChatSettings, add_chat_arguments, apply_chat_arguments
+from lowmem.tools.chat_arguments import (
+    NO_TEMPLATE,
+    ChatSettings,
+    add_chat_arguments,
+    apply_chat_arguments,
+    parsed_chat_settings,
+)
 from lowmem.tools.output import escaped_and_truncated
 
 WINDOW = 512
@@ -126,7 +133,7 @@ class FitTexts:
         return {
             "columns": dict(self.options.columns) or None,
             "prompts": "chat" if PROMPTS_AS_CHAT in self.texts.kinds and self.options.prompts_as_chat else None,
-            "chat_template": self.chat.template_digest,
+            "chat_template": self.chat.template,
             "window": self.window,
             **self.chat.as_json(),
         }
@@ -146,7 +153,8 @@ def read_fit_texts(arguments: argparse.Namespace, tokenizer: Any, positions: int
     """
     from lowmem.integrations.transformers.text_tokenizer import TextTokenizer
 
-    chat = apply_chat_arguments(arguments, tokenizer)
+    recorded: ChatSettings | None = getattr(arguments, "chat_of_run", None)
+    chat = apply_chat_arguments(arguments, tokenizer, recorded or ChatSettings(date=date.today().isoformat()))
     text_tokenizer = TextTokenizer(tokenizer, chat.template_kwargs)
     options = RowOptions(
         columns=_columns(arguments.columns or ()),
@@ -182,6 +190,8 @@ def read_fit_texts(arguments: argparse.Namespace, tokenizer: Any, positions: int
     if arguments.eval_share is not None:
         texts, held_out = texts.split(arguments.eval_share, arguments.seed)
     notes += [] if held_out is None else _overlap_notes(texts, held_out)
+    if chat.date is not None and texts.chats:
+        notes.append(f"the chat template writes today's date into prompts: that of OUT writes {chat.date} every day")
     paths = tuple(map(Path, arguments.data))
     return FitTexts(tokenizer, paths, length, texts, held_out, options, chat, tuple(notes), window, lengths)
 
@@ -191,16 +201,11 @@ def take_data_options_of_run(arguments: argparse.Namespace, run: Mapping[str, An
 
     ``run``: as ``FineTuningJob.run_identity_dict``; a run of an earlier version trained prompts as plain text.
     """
-    columns = run.get("columns")
-    options = {
-        "columns": None if columns is None else [*columns.items()],
-        "system": run.get("system"),
-        "template_kwargs": run.get("template_kwargs"),
-        "chat_template": NO_TEMPLATE if run.get("prompts") is None and run.get("chat_template") is None else None,
-    }
-    for name, value in options.items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
+    arguments.chat_of_run = parsed_chat_settings(run, run.get("chat_template"))
+    if arguments.columns is None and run.get("columns") is not None:
+        arguments.columns = [*run["columns"].items()]
+    if arguments.chat_template is None and run.get("prompts") is None and run.get("chat_template") is None:
+        arguments.chat_template = NO_TEMPLATE
     if arguments.length is None:
         arguments.length, arguments.text_window = run.get("length"), run.get("window")
 

@@ -29,24 +29,45 @@ def test_what_is_not_named_is_as_recorded(tmp_path):
     assert tokenizer.chat_template == "own"
     given = parsed("--system", "s", "--template-kwargs", '{"b": [2]}', "--chat-template", str(tmp_path / "a.jinja"))
     found = apply_chat_arguments(given, tokenizer, recorded)
-    assert (found.system, found.template_kwargs, len(found.template_digest)) == ("s", {"b": [2]}, 64)
+    assert found == ChatSettings("s", {"b": [2]}, "{{ messages }}\n")
     assert tokenizer.chat_template == "{{ messages }}\n"
     assert apply_chat_arguments(parsed("--chat-template", "none"), tokenizer) == ChatSettings()
     assert tokenizer.chat_template == "{{ messages }}\n"
     assert apply_chat_arguments(parsed("--template-kwargs", "{}"), tokenizer, recorded).template_kwargs == {}
+    assert apply_chat_arguments(parsed(), tokenizer, ChatSettings(template="recorded")).template == "recorded"
+    assert tokenizer.chat_template == "recorded"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ strftime_now('%d %b %Y') }}{{ strftime_now( \"%Y\" ) }}", '{{ "26 Jul 2024" }}{{ "2024" }}'),
+        ("{% set day = strftime_now('%Y') %}", '{% set day = "2024" %}'),
+        ("{% set date_string = strftime_now('%Y') %}", None),  # a variable that is given
+        ("{{ messages }}", None),
+        (None, None),
+    ],
+)
+def test_a_template_that_writes_the_date_of_the_day_writes_the_recorded_one(template, expected):
+    tokenizer = SimpleNamespace(chat_template=template)
+    recorded = ChatSettings(template_kwargs={"date_string": "a"}, date="2024-07-26")
+    assert apply_chat_arguments(parsed(), tokenizer, recorded).date == (expected and recorded.date)
+    assert tokenizer.chat_template == (template if expected is None else expected)
+    if expected:
+        assert apply_chat_arguments(parsed(), SimpleNamespace(chat_template=template)) == ChatSettings()
 
 
 def test_settings_come_back_from_a_record(tmp_path):
     assert read_recorded_chat_settings(tmp_path, "training.json") == ChatSettings()
     assert read_recorded_chat_settings(tmp_path / "missing", "training.json") == ChatSettings()
-    for settings in (ChatSettings(), ChatSettings("be kind", {"enable_thinking": False})):
+    for settings in (ChatSettings(), ChatSettings("be kind", {"enable_thinking": False}, date="2024-07-26")):
         (tmp_path / "training.json").write_text(json.dumps({"chat": settings.as_json(), "run": {}}))
         assert read_recorded_chat_settings(tmp_path, "training.json") == settings
     (tmp_path / "training.json").write_text('{"run": {}}')  # of a run before there were settings
     assert read_recorded_chat_settings(tmp_path, "training.json") == ChatSettings()
-    for chat in (3, {"system": 3}, {"template_kwargs": "a"}):
+    for chat in (3, {"system": 3}, {"template_kwargs": "a"}, {"date": "today"}, {"date": 3}):
         (tmp_path / "training.json").write_text(json.dumps({"chat": chat}))
-        with pytest.raises(FileError, match=r"training.json': chat=.* must hold system and template_kwargs"):
+        with pytest.raises(FileError, match=r"training.json': chat=.* must hold system, template_kwargs and date"):
             read_recorded_chat_settings(tmp_path, "training.json")
 
 

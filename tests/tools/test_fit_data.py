@@ -1,6 +1,7 @@
 """What `lowmem fit` reads of its data, refuses of it, and says of it."""
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from lowmem.__main__ import main
 from lowmem.integrations.transformers import TextTokenizer
 from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
 from lowmem.tools import fit_language
+from lowmem.tools.chat_arguments import read_recorded_chat_settings
 from tests.tools.conftest import CHAT, LINES
 
 QA = [{"question": f"after {n}?", "answer": f"{n + 1}"} for n in range(20)]
@@ -199,7 +201,7 @@ def test_settings_of_the_chat_are_recorded_and_change_a_run(place, capsys, refus
     argv = ["fit", "llama", "--data", "data.jsonl", "--steps", "1", "--save", "out"]
     assert main([*argv, "--system", "add", "--template-kwargs", '{"a": 1}']) == 0
     record = json.loads(Path("out", "training.json").read_text())
-    assert record["chat"] == {"system": "add", "template_kwargs": {"a": 1}}
+    assert record["chat"] == {"system": "add", "template_kwargs": {"a": 1}, "date": None}
     told = refused("fit", *argv[1:], "--system", "other", "--template-kwargs", '{"a": 1}', "--resume")
     assert "system was 'add' and is 'other': go on with what the run was started with" in told
 
@@ -230,11 +232,61 @@ def test_a_run_goes_on_with_the_options_that_it_was_started_with(place, capsys):
     config = Path("llama", "config.json")
     config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 1024}))
     argv = ["fit", "llama", "--data", "qa.jsonl", "--data", "text.txt", "--steps", "1", "--save", "out"]
-    assert main([*argv, "--columns", "prompt=q", "completion=a", "--system", "be kind"]) == 0
+    Path("own.jinja").write_text("own" + CHAT)
+    options = ["--columns", "prompt=q", "completion=a", "--system", "be kind", "--chat-template", "own.jinja"]
+    assert main([*argv, *options]) == 0
     run = json.loads(Path("out", "training.json").read_text())["run"]
     assert (run["length"], run["window"], run["system"]) == (640, 512, "be kind")
+    Path("own.jinja").unlink()
     assert main([*argv, "--resume"]) == 0
     assert "is complete already" in capsys.readouterr().err
+    # The template is the adapter's own, too
+    assert read_tokenizer(Path("out")).chat_template == "own" + CHAT
+
+
+def test_a_state_holds_the_template_that_the_run_was_started_with(place, capsys, monkeypatch):
+    Path("own.jinja").write_text("own" + CHAT)
+    argv = ["fit", "llama", "--data", "data.jsonl", "--steps", "3", "--save-every", "1", "--save"]
+    options = ["--chat-template", "own.jinja", "--template-kwargs", '{"a": 1}', "--system", "add"]
+    assert main([*argv, "whole", *options]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_language, "write_adapter_folder", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main([*argv, "out", *options]) == 130
+    Path("own.jinja").write_text(CHAT)
+    assert main([*argv, "out", "--resume"]) == 0
+    for name in ("adapter_model.safetensors", "tokenizer.json", "training.json"):
+        assert Path("out", name).read_bytes() == Path("whole", name).read_bytes(), name
+    capsys.readouterr()
+    assert main([*argv, "whole", "--chat-template", "own.jinja", "--resume"]) == 2
+    assert "chat_template was " in capsys.readouterr().err
+
+
+def test_the_date_that_a_template_writes_stays_that_of_the_training(place, capsys, monkeypatch, shown):
+    undated = "{% if date_string is not defined %}{% set date_string = DATE %}{% endif %}{{ date_string }}" + CHAT
+    dated = undated.replace("DATE", "strftime_now('%d %b %Y')")
+    config = Path("llama", "tokenizer_config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": dated}))
+    data = ["--data", "data.jsonl", "--steps", "1"]
+    assert main(["fit", "llama", *data, "--save", "out"]) == 0
+    today = date.today()
+    note = f"lowmem fit: the chat template writes today's date into prompts: that of OUT writes {today} every day\n"
+    assert capsys.readouterr().err.count(note) == 1
+    assert read_recorded_chat_settings(Path("out"), "training.json").date == str(today)
+    write_lines("talk.jsonl", [LINES[-1]])
+    assert shown("--data", "talk.jsonl")[0].startswith(f"{today:%d %b %Y}<user>")
+    assert read_tokenizer(Path("out")).chat_template == undated.replace("DATE", f'"{today:%d %b %Y}"')
+    # The run is one of another day
+    record = Path("out", "training.json")
+    record.write_text(record.read_text().replace(str(today), "2024-07-26"))
+    assert main(["fit", "llama", *data, "--save", "out", "--resume"]) == 0
+    assert "is complete already" in capsys.readouterr().err
+    options = ["--template-kwargs", '{"date_string": "long ago"}']
+    assert main(["fit", "llama", *data, *options, "--save", "fixed"]) == 0
+    assert "today's date" not in capsys.readouterr().err
+    assert shown("--data", "talk.jsonl", *options)[0].startswith("long ago<user>")
+    write_lines("text.jsonl", LINES[:20])
+    assert main(["fit", "llama", "--data", "text.jsonl", "--steps", "1"]) == 0
+    assert "today's date" not in capsys.readouterr().err
 
 
 def test_names_of_files_that_are_missing_are_no_names_of_the_hub(place, refused):
