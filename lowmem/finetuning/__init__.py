@@ -1,4 +1,4 @@
 """Fine-tuning of language models: text in, an adapter out.
 
-It may import ``nn``, ``transforms`` and ``io``. Begin with ``loop.py``.
+It may import ``nn``, ``transforms``, ``io`` and ``training``. Begin with ``loop.py``.
 """

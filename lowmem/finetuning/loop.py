@@ -16,7 +16,7 @@ from lowmem.finetuning.calling_convention import logits_from_output, scaled_load
 from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.packed_rows import RowBatch, Rows, ShuffledRowOrder, check_rows_type, rank_batches
 from lowmem.finetuning.process_group import TrainingProcessGroup
-from lowmem.finetuning.settings import FineTuning
+from lowmem.finetuning.settings import OPTIMIZERS, FineTuning
 from lowmem.finetuning.text_examples import IGNORED
 from lowmem.finetuning.training_state import (
     SavedState,
@@ -92,7 +92,7 @@ def finetune(
     ranks: TrainingProcessGroup | None = None,
     watch: Callable[[Step], object] = lambda step: None,
 ) -> Outcome:
-    """Train the parameters of a causal language model that require gradients, with AdamW, to predict the next token.
+    """Train the parameters of a causal language model that require gradients to predict the next token.
 
     The same settings, rows and model give the same weights, to the bit, also if the run is killed at any moment and
     resumed from its states.
@@ -155,7 +155,9 @@ class _FineTuningRun:
         per_step = settings.batch_size * settings.accumulate * world
         self._order = ShuffledRowOrder(count, per_step, settings.seed, settings.total_rows(count, world))
         parameters = list(named_trainable_parameters(self._model).values())
-        self._optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        self._optimizer = OPTIMIZERS[settings.optimizer](
+            parameters, lr=settings.lr, weight_decay=settings.weight_decay
+        )
         self._outcome, self._best = Outcome(), dict[str, Tensor]()
         self._start = self._restore_state_and_get_step()
         # Drop gradients that the model had before the run

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lowmem.errors import short_repr
+from lowmem.training.adamw_8bit import AdamW8bit
 
 DECAYS: dict[str, Callable[[float], float]] = {
     "none": lambda done: 1.0,
@@ -16,6 +17,8 @@ DECAYS: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
 }
 """Factor of the learning rate as a function of the completed share of the steps after the warm-up."""
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "adamw8bit": AdamW8bit}
 
 # AdamW computes lr / (1 - 0.9) in its first step; 0.09 instead of 0.1 leaves a margin for rounding.
 LARGEST_LR = 0.09 * torch.finfo(torch.float32).max
@@ -34,16 +37,18 @@ class FineTuning:
         batch_size: rows that each process computes at a time.
         accumulate: batches per step and process. The gradient is that of one batch of all their rows, in which each
             token that counts has the same weight.
-        lr: peak learning rate of AdamW.
+        lr: peak learning rate.
         warmup: steps over which the learning rate rises.
         decay: of the learning rate after the warm-up: "cosine", "linear", or "none".
         clip: gradients are scaled down to at most this norm; None leaves them as they are.
-        weight_decay: AdamW's decoupled weight decay.
+        weight_decay: decoupled weight decay.
         seed: of the order of rows, and of dropout.
         eval_every: steps between evaluations; None evaluates only at the end.
         patience: stop after this many evaluations that are not better than the best one, and keep the best weights;
             None never stops early.
         save_every: steps between saved states.
+        warmup_ratio: share of the steps over which the learning rate rises, in place of ``warmup``.
+        optimizer: "adamw", or "adamw8bit", whose moments take 8 bits (``AdamW8bit``).
 
     Raises:
         ValueError: a value out of its range.
@@ -62,6 +67,8 @@ class FineTuning:
     eval_every: int | None = None
     patience: int | None = None
     save_every: int = 50
+    warmup_ratio: float | None = None
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         for name in ("steps", "epochs", "batch_size", "accumulate", "eval_every", "patience", "save_every"):
@@ -72,9 +79,9 @@ class FineTuning:
             value = getattr(self, name)
             if not (type(value) is int and 0 <= value < 2**63):
                 raise ValueError(f"{name}={short_repr(value)} must be a number from 0 to 2**63 - 1")
-        for name, least in (("lr", True), ("clip", True), ("weight_decay", False)):
+        for name, least in (("lr", True), ("clip", True), ("weight_decay", False), ("warmup_ratio", False)):
             value = getattr(self, name)
-            if name == "clip" and value is None:
+            if name in ("clip", "warmup_ratio") and value is None:
                 continue
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if not number or value < 0 or (least and value == 0):
@@ -87,8 +94,14 @@ class FineTuning:
             )
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps={self.steps} and epochs={self.epochs} say both when to end: leave one out")
+        if self.warmup_ratio is not None and (self.warmup or self.warmup_ratio >= 1):
+            raise ValueError(
+                f"warmup_ratio={self.warmup_ratio:g} must be below 1, and warmup={self.warmup} must be 0 beside it"
+            )
         if self.decay not in DECAYS:
             raise ValueError(f"decay={short_repr(self.decay)} is none of {', '.join(DECAYS)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer={short_repr(self.optimizer)} is none of {', '.join(OPTIMIZERS)}")
         if self.patience is not None and self.eval_every is None:
             raise ValueError(f"patience={self.patience} counts evaluations: set eval_every, too")
 
@@ -114,9 +127,12 @@ class FineTuning:
     def lr_at(self, step: int, total_steps: int) -> float:
         """Return the learning rate of a step; the first of ``steps`` is 0.
 
-        It rises linearly, is ``lr`` at step ``warmup``, and decays so that it would be 0 at step ``steps`` (but for
+        It rises linearly, is ``lr`` after the warm-up, and decays so that it would be 0 at step ``steps`` (but for
         "none").
         """
-        if step < self.warmup:
-            return self.lr * ((step + 1) / (self.warmup + 1))
-        return self.lr * DECAYS[self.decay](min(1.0, (step - self.warmup) / (total_steps - self.warmup)))
+        warmup = self.warmup
+        if self.warmup_ratio is not None:
+            warmup = min(round(self.warmup_ratio * total_steps), total_steps - 1)
+        if step < warmup:
+            return self.lr * ((step + 1) / (warmup + 1))
+        return self.lr * DECAYS[self.decay](min(1.0, (step - warmup) / (total_steps - warmup)))

@@ -22,23 +22,31 @@ def usable_cpu_count(filesystem_root: Path = Path("/")) -> int:
 def _cgroup_cpu_quotas(filesystem_root: Path) -> Iterator[float]:
     """Yield the quotas, in CPUs, of this process's control groups and of all groups above them (Linux's
     cgroup-v2.rst, "cpu.max"; sched-bwc.rst for version 1)."""
+    for folder, is_version_1 in iterate_cgroup_folders(filesystem_root, "cpu"):
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if is_version_1 else ("cpu.max",)
+        try:
+            quota, period, *_ = " ".join((folder / name).read_text() for name in names).split()
+        except OSError:
+            # A container sees only its own groups, and the root has no quota
+            continue
+        if quota not in ("max", "-1"):
+            yield int(quota) / int(period)
+
+
+def iterate_cgroup_folders(filesystem_root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+    """Yield the folders of this process's control groups and of all above them, each with whether it is version 1.
+
+    ``controller`` is "cpu" or "memory"; a folder may be missing.
+    """
     try:
         groups = (filesystem_root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         # Not Linux
         return
     for controllers, path in (line.split(":", 2)[1:] for line in groups if line.count(":") >= 2):
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        mounted = filesystem_root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        mounted = filesystem_root / "sys/fs/cgroup" / (controller if controllers else "")
         group = Path(path)
         for above in (group, *group.parents):
-            folder = mounted / above.relative_to("/")
-            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
-            try:
-                quota, period, *_ = " ".join((folder / name).read_text() for name in names).split()
-            except OSError:
-                # A container sees only its own groups, and the root has no quota
-                continue
-            if quota not in ("max", "-1"):
-                yield int(quota) / int(period)
+            yield mounted / above.relative_to("/"), bool(controllers)

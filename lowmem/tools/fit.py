@@ -6,7 +6,7 @@ import argparse
 from contextlib import nullcontext
 
 from lowmem.finetuning.metrics import LOGS
-from lowmem.finetuning.settings import DECAYS
+from lowmem.finetuning.settings import DECAYS, OPTIMIZERS
 from lowmem.io.filesystem import exclusive_write_lock
 from lowmem.io.hub_names import HubName, is_hub_name
 from lowmem.io.training_record import KEPT_BASE
@@ -22,6 +22,7 @@ from lowmem.tools.arguments import (
     parse_positive_int,
 )
 from lowmem.tools.fit_data import add_data_arguments
+from lowmem.tools.fit_settings import HELD_OUT_FROM, HELD_OUT_SHARE, MOST_HELD_OUT, WARMUP_RATIO
 from lowmem.tools.hub_arguments import add_revision_argument, fetch_model
 from lowmem.tools.named_models import folder_or_gguf_or_none
 from lowmem.variants import VARIANTS
@@ -48,13 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--epochs", type=parse_positive_int, metavar="N", help="default: 1 for a folder, 10 for a classifier"
     )
     parser.add_argument(
-        "--batch-size", type=parse_positive_int, metavar="N", help="default: 4 for a folder, 64 for a classifier"
+        "--batch-size",
+        type=parse_positive_int,
+        metavar="N",
+        help="rows at a time (default: for a folder those of about 8 examples, at most 4, which --accumulate makes "
+        "up for; 64 for a classifier)",
     )
     parser.add_argument(
         "--lr",
         "--learning-rate",
         type=parse_positive_float,
-        help="learning rate of AdamW (default: 0.001 for a classifier; for a folder by the rank, 0.0002 for 16)",
+        help="learning rate (default: 0.001 for a classifier; for a folder by the rank, 0.0002 for 16)",
     )
     parser.add_argument(
         "--rank",
@@ -66,7 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed",
         type=parse_nonnegative_int,
-        default=0,
         metavar="N",
         help="seed of weights, split and batches (default 0)",
     )
@@ -109,6 +113,11 @@ def add_language_model_arguments(group: argparse._ActionsContainer) -> None:
         "--dropout", type=parse_nonnegative_float, metavar="X", help="dropout of the adapter's input (default 0)"
     )
     group.add_argument(
+        "--rslora",
+        action="store_true",
+        help="scale the adapter by alpha / sqrt(rank), and not by alpha / rank (rsLoRA)",
+    )
+    group.add_argument(
         "--target",
         nargs="+",
         metavar="NAME",
@@ -138,6 +147,9 @@ def add_language_model_arguments(group: argparse._ActionsContainer) -> None:
         choices=["fast", "lean", "plain"],
         help="mode of prepare_training: lean saves activations in 8 bits, plain prepares nothing (default fast)",
     )
+    group.add_argument(
+        "--anyway", action="store_true", help="train although the memory that is left does not suffice"
+    )
     add_data_arguments(group)
     group.add_argument("--steps", type=parse_positive_int, metavar="N", help="number of updates, instead of --epochs")
     group.add_argument(
@@ -145,21 +157,38 @@ def add_language_model_arguments(group: argparse._ActionsContainer) -> None:
         "--gradient-accumulation-steps",
         type=parse_positive_int,
         metavar="N",
-        help="batches per update (default 1)",
+        help="batches per update, each of --batch-size rows",
     )
-    group.add_argument(
-        "--warmup", type=parse_nonnegative_int, metavar="N", help="steps of rising learning rate (default 0)"
+    warmup = group.add_mutually_exclusive_group()
+    warmup.add_argument("--warmup", type=parse_nonnegative_int, metavar="N", help="steps of rising learning rate")
+    warmup.add_argument(
+        "--warmup-ratio",
+        type=parse_nonnegative_float,
+        metavar="X",
+        help=f"share of the steps with a rising learning rate (default {WARMUP_RATIO:g})",
     )
     group.add_argument("--decay", choices=list(DECAYS), help="decay of the learning rate (default cosine)")
     group.add_argument(
         "--clip", type=parse_nonnegative_float, metavar="X", help="clip gradients to this norm; 0: never (default 1)"
+    )
+    group.add_argument(
+        "--weight-decay", type=parse_nonnegative_float, metavar="X", help="decoupled weight decay (default 0)"
+    )
+    group.add_argument(
+        "--optimizer",
+        choices=list(OPTIMIZERS),
+        help="adamw8bit stores the moments of AdamW in 8 bits (default adamw)",
     )
     held_out = group.add_mutually_exclusive_group()
     held_out.add_argument(
         "--eval-data", type=parse_nonempty_path, metavar="FILE", help="held-out text, in a format that --data takes"
     )
     held_out.add_argument(
-        "--eval-share", type=parse_positive_float, metavar="X", help="hold out this share of --data, below 1"
+        "--eval-share",
+        type=parse_nonnegative_float,
+        metavar="X",
+        help=f"hold out this share of --data, below 1; 0: none (default: from {HELD_OUT_FROM} examples on "
+        f"{HELD_OUT_SHARE:g}, at most {MOST_HELD_OUT} examples)",
     )
     group.add_argument(
         "--eval-every", type=parse_positive_int, metavar="N", help="evaluate every N steps (default: only at the end)"
@@ -171,8 +200,11 @@ def add_language_model_arguments(group: argparse._ActionsContainer) -> None:
         help="stop after N evaluations without improvement, and save the best adapter",
     )
     group.add_argument(
-        "--skip-dense", action="store_true", help="skip the perplexity of the dense model, if it does not fit"
+        "--compare-dense",
+        action="store_true",
+        help="measure the perplexity of the dense model, too, which then has to fit",
     )
+    group.add_argument("--skip-dense", action="store_true", help="has no effect: only --compare-dense measures it")
     group.add_argument(
         "--resume",
         action="store_true",

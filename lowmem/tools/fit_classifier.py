@@ -43,7 +43,7 @@ from lowmem.transforms.memory_plan import (
 )
 from lowmem.version import __version__
 
-DEFAULTS = {"data": "synthetic", "epochs": 10, "batch_size": 64, "lr": 1e-3}
+DEFAULTS = {"data": "synthetic", "epochs": 10, "batch_size": 64, "lr": 1e-3, "seed": 0}
 
 
 class Classifier(nn.Module):

@@ -30,6 +30,7 @@ from lowmem.tools.chat_arguments import (
     apply_chat_arguments,
     parsed_chat_settings,
 )
+from lowmem.tools.fit_settings import split_held_out
 from lowmem.tools.output import escaped_and_truncated
 
 WINDOW = 512
@@ -139,13 +140,16 @@ class FitTexts:
         }
 
 
-def read_fit_texts(arguments: argparse.Namespace, tokenizer: Any, positions: int | None) -> FitTexts:
+def read_fit_texts(
+    arguments: argparse.Namespace, tokenizer: Any, positions: int | None, run: Mapping[str, Any] | None = None
+) -> FitTexts:
     """Read the data of a run.
 
     Args:
         arguments: of the command.
         tokenizer: the model's, of transformers.
         positions: the most tokens that the model takes; None: any number.
+        run: an earlier run that goes on.
 
     Raises:
         FileError: a file or a row cannot be read.
@@ -153,8 +157,10 @@ def read_fit_texts(arguments: argparse.Namespace, tokenizer: Any, positions: int
     """
     from lowmem.integrations.transformers.text_tokenizer import TextTokenizer
 
-    recorded: ChatSettings | None = getattr(arguments, "chat_of_run", None)
-    chat = apply_chat_arguments(arguments, tokenizer, recorded or ChatSettings(date=date.today().isoformat()))
+    recorded = ChatSettings(date=date.today().isoformat())
+    if run is not None:
+        recorded = parsed_chat_settings(run, run.get("chat_template"))
+    chat = apply_chat_arguments(arguments, tokenizer, recorded)
     text_tokenizer = TextTokenizer(tokenizer, chat.template_kwargs)
     options = RowOptions(
         columns=_columns(arguments.columns or ()),
@@ -187,27 +193,19 @@ def read_fit_texts(arguments: argparse.Namespace, tokenizer: Any, positions: int
         held_out = rows.texts(length, held_out_name, window)
         notes += [*mistakes, *_truncation_notes(held_out, held_out_name, positions)]
         notes += _finding_notes(held_out, held_out_name)
-    if arguments.eval_share is not None:
-        texts, held_out = texts.split(arguments.eval_share, arguments.seed)
+    else:
+        texts, held_out = split_held_out(texts, arguments.eval_share, arguments.seed or 0, run)
+        if held_out is not None and arguments.eval_share is None:
+            count = len(held_out.examples)
+            notes.append(
+                f"{count:,} of {count + len(texts.examples):,} examples are held out to evaluate on; --eval-share 0 "
+                "trains on all"
+            )
     notes += [] if held_out is None else _overlap_notes(texts, held_out)
     if chat.date is not None and texts.chats:
         notes.append(f"the chat template writes today's date into prompts: that of OUT writes {chat.date} every day")
     paths = tuple(map(Path, arguments.data))
     return FitTexts(tokenizer, paths, length, texts, held_out, options, chat, tuple(notes), window, lengths)
-
-
-def take_data_options_of_run(arguments: argparse.Namespace, run: Mapping[str, Any]) -> None:
-    """Set options on the data that are not given to those of the run that goes on.
-
-    ``run``: as ``FineTuningJob.run_identity_dict``; a run of an earlier version trained prompts as plain text.
-    """
-    arguments.chat_of_run = parsed_chat_settings(run, run.get("chat_template"))
-    if arguments.columns is None and run.get("columns") is not None:
-        arguments.columns = [*run["columns"].items()]
-    if arguments.chat_template is None and run.get("prompts") is None and run.get("chat_template") is None:
-        arguments.chat_template = NO_TEMPLATE
-    if arguments.length is None:
-        arguments.length, arguments.text_window = run.get("length"), run.get("window")
 
 
 def _columns(pairs: Sequence[tuple[str, str]]) -> Mapping[str, str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowmem import measure
 from lowmem.finetuning.calling_convention import logits_from_output
+from lowmem.finetuning.settings import OPTIMIZERS
 from lowmem.io.formats.open_foreign import open_foreign_checkpoint
 from lowmem.io.formats.requantization import bytes_in_storage_form, form_with_dense_dtype, warn_if_model_grows
 from lowmem.io.hub_names import displayed_model_name
@@ -60,21 +61,10 @@ def print_planned_memory(arguments: argparse.Namespace, job: FineTuningJob) -> i
             dense_model_factory(job.model_path, 1)()
         _import_optimizer_modules()
         before = resident_bytes_or_none()
-        storing, dense, exact = (
-            (job.technique, (), 0) if job.is_dense else technique_dense_paths_and_bytes(job.model_path)
-        )
-    with delayed_transformers_log(), warnings_printed_as_notes(), progress_display("dry run"):
-        memory_plan = plan_or_raise_value_error(
-            str(job.model_path), lambda: _plan_training_steps(job, storing, dense), is_user_input=True
-        )
+    with progress_display("dry run"):
+        memory_plan, peak = plan_and_peak_bytes(job)
     job.print_notes()
-    largest = 0
-    if job.is_dense:
-        with SafetensorsCheckpoint(weights_or_index_path(job.model_path)) as source:
-            largest = max(spec.nbytes for spec in source.specs.values())
-    else:
-        memory_plan = plan_with_stored_bytes(memory_plan, exact)
-    process = None if before is None else before + _peak_bytes(job, memory_plan, largest)
+    process = None if before is None else before + peak
     if arguments.json:
         print_json(
             {"model": displayed_model_name(job.model_path), "memory": job.memory_mode, "process_bytes": process}
@@ -95,6 +85,32 @@ def print_planned_memory(arguments: argparse.Namespace, job: FineTuningJob) -> i
     return 0
 
 
+def plan_and_peak_bytes(job: FineTuningJob, is_measured: bool = True) -> tuple[Plan, int]:
+    """Return what a run takes, and its peak beyond what the process takes before.
+
+    Args:
+        job: on the CPU, of one process.
+        is_measured: whether steps are measured, which computes them for a few layers; else they are planned as of
+            ``--memory plain``, which takes the most.
+    """
+    from lowmem.integrations.transformers.model_facts import delayed_transformers_log
+
+    with delayed_transformers_log(), warnings_printed_as_notes():
+        storing, dense, exact = (
+            (job.technique, (), 0) if job.is_dense else technique_dense_paths_and_bytes(job.model_path)
+        )
+        memory_plan = plan_or_raise_value_error(
+            str(job.model_path), lambda: _plan_training_steps(job, storing, dense, is_measured), is_user_input=True
+        )
+    largest = 0
+    if job.is_dense:
+        with SafetensorsCheckpoint(weights_or_index_path(job.model_path)) as source:
+            largest = max(spec.nbytes for spec in source.specs.values())
+    else:
+        memory_plan = plan_with_stored_bytes(memory_plan, exact)
+    return memory_plan, _peak_bytes(job, memory_plan, largest)
+
+
 def _import_optimizer_modules() -> None:
     """Let torch import what the first step of an optimizer needs: a run has these modules in memory, too."""
     parameter = nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
@@ -109,7 +125,7 @@ def _peak_bytes(job: FineTuningJob, memory_plan: Plan, largest_tensor_bytes: int
         memory_plan.stored_bytes + largest_tensor_bytes + LOADING_BYTES,
         memory_plan.stored_bytes + LOADING_BYTES + int(step * (1 + FRAGMENTATION_SHARE)),
     ]
-    if job.is_dense and job.technique is not None and job.held_out is not None and not job.skip_dense:
+    if job.compares_dense:
         peaks.append(memory_plan.dense + memory_plan.forward)
     return max(peaks)
 
@@ -175,7 +191,9 @@ def _technique_from_form(form: Form) -> Technique:
     return blockwise_technique(form.format, form.block_size, form.scale_encoding, form.compute_dtype, search=False)
 
 
-def _plan_training_steps(job: FineTuningJob, technique: Technique | None, skipped_paths: tuple[str, ...]) -> Plan:
+def _plan_training_steps(
+    job: FineTuningJob, technique: Technique | None, skipped_paths: tuple[str, ...], is_measured: bool
+) -> Plan:
     """Return what fine-tuning a folder's model takes, with the peak of its steps in the plan's ``backward``.
 
     Plans run on fake tensors, and what ``prepare_training`` keeps depends on values. So models with the same layers,
@@ -201,6 +219,8 @@ def _plan_training_steps(job: FineTuningJob, technique: Technique | None, skippe
         planned = convert_on_meta_and_count_bytes(
             dense_model_factory(job.model_path, layer_count), techniques, None, skipped_paths
         )
+        if not is_measured:
+            return make_fake_and_measure_run(planned.model, batch, "sgd", cross_entropy_loss)
         forward_figures = make_fake_and_measure_run(planned.model, batch, None, None)
         print_dry_run_line(
             f"runs forward and backward of {layer_count} of the {sizes.layers} layers, with random weights"
@@ -214,19 +234,21 @@ def _plan_training_steps(job: FineTuningJob, technique: Technique | None, skippe
                 return forward_figures | {"backward": measure.backward_bytes(model, loss=cross_entropy_loss, **batch)}
 
     sizes = read_language_model_sizes(job.model_path)
-    print_dry_run_line("plans the model without its weights")
+    if is_measured:
+        print_dry_run_line("plans the model without its weights")
     whole = convert_on_meta_and_count_bytes(dense_model_factory(job.model_path), techniques, None, skipped_paths)
     with permanently_on_fake_tensors(whole.model):
         updated = set_grads_and_measure_step(
-            [parameter for parameter in whole.model.parameters() if parameter.requires_grad], "adamw"
+            [parameter for parameter in whole.model.parameters() if parameter.requires_grad],
+            OPTIMIZERS[job.settings.optimizer],
         )
     if sizes.layers <= max(MEASURED_LAYER_COUNTS):
-        return plan_from_figures(whole, "adamw", measure_step_bytes(sizes.layers) | updated)
+        return plan_from_figures(whole, job.settings.optimizer, measure_step_bytes(sizes.layers) | updated)
     fewer, more = map(measure_step_bytes, MEASURED_LAYER_COUNTS)
     extrapolated = {
         name: size + (sizes.layers - MEASURED_LAYER_COUNTS[1]) * (size - fewer[name]) for name, size in more.items()
     }
-    return plan_from_figures(whole, "adamw", extrapolated | updated)
+    return plan_from_figures(whole, job.settings.optimizer, extrapolated | updated)
 
 
 def print_dry_run_line(line: str) -> None:

@@ -8,8 +8,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ from lowmem.io.training_record import RECORD_FILE, StorageTechnique, technique_f
 from lowmem.nn.techniques import Budget, Half, LoRA, blockwise_technique
 from lowmem.tools.arguments import DEFAULT_RANK, option_string
 from lowmem.tools.chat_arguments import RECORD_KEY
-from lowmem.tools.fit_data import FitTexts, read_fit_texts, take_data_options_of_run
+from lowmem.tools.fit_data import FitTexts, read_fit_texts
+from lowmem.tools.fit_settings import WARMUP_RATIO, batches_of_default_step, is_given, take_options_of_run
 from lowmem.tools.output import escaped_and_truncated, finite_or_none
 from lowmem.version import __version__
 
@@ -60,7 +61,7 @@ class FineTuningJob:
     base_digest: str  # the digest of the folder's files
     technique: StorageTechnique
     is_dense: bool  # whether the folder is
-    skip_dense: bool
+    compare_dense: bool  # whether to measure the perplexity of the dense model
     vocabulary_size: int
     adapter: LoRA  # of a new adapter
     targets: tuple[str, ...]  # names of the layers to adapt; none: all linear layers
@@ -77,6 +78,7 @@ class FineTuningJob:
     timeout: timedelta
     keep_base: bool  # whether the stored base is written beside the adapter
     notes: tuple[str, ...]  # on the base
+    earlier_run: Mapping[str, Any] | None  # the run that goes on
 
     @property
     def texts(self) -> Texts:
@@ -94,6 +96,11 @@ class FineTuningJob:
             print(f"lowmem fit: {note}", file=sys.stderr)
 
     @property
+    def compares_dense(self) -> bool:
+        """Whether the perplexity of the dense model is measured before that of the stored one."""
+        return self.compare_dense and self.is_dense and self.technique is not None and self.held_out is not None
+
+    @property
     def has_public_base_name(self) -> bool:
         """Whether the adapter names its base as the Hub does, or ``--base-name``, and not by its path here."""
         return self.base_name != str(self.model_path.resolve())
@@ -104,8 +111,8 @@ class FineTuningJob:
         return self.base_name if self.has_public_base_name else self.model_path.resolve().name
 
     def run_identity_dict(self) -> dict[str, Any]:
-        """Return what decides the result, as JSON."""
-        return {
+        """Return what decides the result, as JSON; ``options_of_run`` reads options from it."""
+        identity = {
             "base": self.base_digest,
             "format": technique_format_name(self.technique),
             "embeddings": getattr(self.technique, "embeddings", None),  # None, too, of runs before there was a choice
@@ -120,11 +127,19 @@ class FineTuningJob:
             "examples": len(self.texts.examples),
             "held_out": None if self.held_out is None else self.held_out.digest,
             **asdict(self.settings),
+            # None, too, of runs before there were options
+            "optimizer": None if self.settings.optimizer == "adamw" else self.settings.optimizer,
+            "rank_stabilized": self.adapter.rank_stabilized or None,
+            "block_size": getattr(self.technique, "block_size", None),
             "processes": self.process_count or 1,
             "device": self.device.type,
             **self.data.identity(),
             "rows_of_a_step": self.settings.batch_size * self.settings.accumulate * (self.process_count or 1),
         }
+        if self.earlier_run is not None and "block_size" not in self.earlier_run:
+            # Of a version that did not record it
+            del identity["block_size"]
+        return identity
 
     def make_states_or_none(self) -> States | None:
         """Return the states of the run; all of its processes call this method."""
@@ -204,19 +219,23 @@ def check_arguments_and_make_job(
         raise ValueError("--resume continues from the state beside OUT: name OUT with --save")
     if arguments.log is not None and arguments.save is None:
         raise ValueError(f"--log={arguments.log} writes a folder beside OUT: name OUT with --save")
-    share = arguments.eval_share
-    if share is not None and share >= 1:
-        raise ValueError(f"--eval-share={share:g} must be below 1")
-    evaluates = share is not None or arguments.eval_data is not None
-    if arguments.eval_every is not None and not evaluates:
-        raise ValueError("--eval-every needs held-out text: add --eval-data or --eval-share")
+    for name in ("eval_share", "warmup_ratio"):
+        share = getattr(arguments, name)
+        if share is not None and share >= 1:
+            raise ValueError(f"{option_string(name)}={share:g} must be below 1")
+    run = None
     if arguments.resume:
+        from lowmem.integrations.transformers.model_facts import quantizing_program_or_none
+
         run = (
             _completed_run_or_none(arguments.save)
             or States(states_folder(arguments.save), {}).newest_origin_or_none()
         )
         if run is not None:
-            take_data_options_of_run(arguments, run)
+            is_dense = quantizing_program_or_none(model_path) is None
+            take_options_of_run(arguments, run, is_dense, process_count or 1)
+    if arguments.shard and arguments.optimizer == "adamw8bit":
+        raise ValueError("--optimizer=adamw8bit has states that --shard cannot divide: take adamw, or --replicate")
     technique, dense = _technique_and_is_dense(model_path, arguments.format, arguments.bits)
     base_notes = _check_and_describe_kept_base(arguments, model_path, technique)
     adapter = _lora_from_arguments(arguments)
@@ -241,13 +260,18 @@ def check_arguments_and_make_job(
             f"--rank={adapter.rank} is more than the {width} columns of the model's hidden states, so an adapter "
             "would not be smaller than its weight: lower it"
         )
-    data = read_fit_texts(arguments, tokenizer, positions)
+    data = read_fit_texts(arguments, tokenizer, positions, run)
+    if arguments.eval_every is not None and data.held_out is None:
+        raise ValueError("--eval-every needs held-out text: add --eval-data or --eval-share")
+    if arguments.batch_size is None and arguments.accumulate is None:
+        batch_size, accumulate = batches_of_default_step(data.texts, process_count or 1)
+        settings = replace(settings, batch_size=batch_size, accumulate=accumulate)
     return FineTuningJob(
         model_path,
         _base_files_sha256(model_path),
         technique,
         dense,
-        arguments.skip_dense,
+        arguments.compare_dense,
         vocabulary,
         adapter,
         tuple(arguments.target or ()),
@@ -264,6 +288,7 @@ def check_arguments_and_make_job(
         timeout,
         arguments.keep_base,
         tuple(base_notes),
+        run,
     )
 
 
@@ -296,6 +321,8 @@ def _fine_tuning_settings(arguments: argparse.Namespace, rank: int) -> FineTunin
     values: dict[str, Any] = {setting.name: getattr(arguments, setting.name, None) for setting in fields(FineTuning)}
     values = {name: value for name, value in values.items() if value is not None}
     values.setdefault("lr", default_learning_rate(rank))
+    if "warmup" not in values:
+        values.setdefault("warmup_ratio", WARMUP_RATIO)
     if values.get("clip") == 0:
         values["clip"] = None
     return FineTuning(**values)
@@ -314,9 +341,9 @@ def _lora_from_arguments(arguments: argparse.Namespace) -> LoRA:
         dropout = arguments.dropout or 0.0
         if dropout >= 1:
             raise ValueError(f"--dropout={dropout:g} must be below 1")
-        return LoRA(arguments.rank or DEFAULT_RANK, arguments.alpha, dropout)
-    for name in ("rank", "alpha", "dropout", "target"):
-        if getattr(arguments, name) is not None:
+        return LoRA(arguments.rank or DEFAULT_RANK, arguments.alpha, dropout, arguments.rslora)
+    for name in ("rank", "alpha", "dropout", "target", "rslora"):
+        if is_given(arguments, name):
             raise ValueError(f"{option_string(name)} is that of the adapter that --from names: leave it out")
     if arguments.dry_run:
         raise ValueError("--dry-run plans a new adapter: give --rank in place of --from")

@@ -43,6 +43,7 @@ from lowmem.tools.fit_job import (
     log_folder,
     states_folder,
 )
+from lowmem.tools.fit_memory import split_rows_or_refuse
 from lowmem.tools.fit_result import reproducing_shell_command, suggested_next_commands, write_adapter_folder
 from lowmem.tools.fit_show import print_examples
 from lowmem.tools.output import (
@@ -131,6 +132,9 @@ def _run_training_job(arguments: argparse.Namespace, job: FineTuningJob, ranks: 
             print_json(json.loads((job.save_path / RECORD_FILE).read_text()))
         return 0
     check_outputs_writable(arguments, job)
+    if job.process_count is None and job.device.type == "cpu" and not arguments.anyway:
+        with progress_display("memory"):
+            job = split_rows_or_refuse(job)
     # All have looked before the first one writes
     ranks.all_reduce_sum(0.0)
     states = job.make_states_or_none()
@@ -215,7 +219,7 @@ class _LanguageModelTraining:
         self.perplexities: dict[str, float] = dict(saved_facts.get("perplexity", {}))
         self._calling_convention: CallingConvention | None = None
         known = bool(self.perplexities)
-        if job.is_dense and job.technique is not None and job.held_out is not None and not (known or job.skip_dense):
+        if job.compares_dense and not known:
             self._measure_and_record_perplexity("dense", self._load_base_model(None))
             gc.collect()
         model = self._load_base_model(job.technique)
@@ -230,7 +234,11 @@ class _LanguageModelTraining:
             self.model: nn.Module | None = _add_or_load_adapter(job, model)
         self._rows = self._rows_from_texts(job.texts)
         if not self._rows.calling.isolates_texts and len(job.texts.examples) > 1:
-            print_line("examples are not packed: in this model, those in one row would see each other")
+            rows = job.run_identity_dict()["rows_of_a_step"]
+            print_line(
+                "examples are not packed: in this model, those in one row would see each other; a step has "
+                f"{rows} of them, as --batch-size and --accumulate say"
+            )
 
     def train(self, states: States | None, on_step: Any) -> Outcome:
         """Train the adapter."""
@@ -314,6 +322,14 @@ class _StepReporter:
         self._seconds, self._tokens = self._seconds + step.seconds, self._tokens + step.tokens
         self._steps += 1
         left = self._seconds / self._steps * (step.steps - step.number)
+        if self._steps == 1 and left:
+            # Without evaluations and saved states
+            print(
+                f"a step takes {step.seconds:.1f} s: the other {step.steps - step.number} take about "
+                f"{timedelta(seconds=round(left))}",
+                file=self._out,
+                flush=True,
+            )
         memory = process_peak_bytes_or_none(self._device)
         speed = self._tokens / max(self._seconds, 1e-9)
         figures = f"{tokens_per_second_text(speed)} tokens/s" + (

@@ -381,16 +381,20 @@ def make_fake_and_measure_run(
         backward = measure.backward_bytes(model, *inputs, loss=loss, **named)
         for hook in hooks:
             hook.remove()
-        return figures | {"backward": backward} | set_grads_and_measure_step(list(trained), optimizer_name)
+        return (
+            figures | {"backward": backward} | set_grads_and_measure_step(list(trained), OPTIMIZERS[optimizer_name])
+        )
 
 
-def set_grads_and_measure_step(parameters: list[Tensor], optimizer_name: str) -> dict[str, int]:
+def set_grads_and_measure_step(
+    parameters: list[Tensor], make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
+) -> dict[str, int]:
     """Run the optimizer's first step on fake parameters, and return its ``Plan`` figures."""
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
     gradients, state, memory = measure.nbytes(parameters), 0, measure.PeakMemory()
     if parameters:
-        optimizer = OPTIMIZERS[optimizer_name](parameters)
+        optimizer = make_optimizer(parameters)
         with memory:
             optimizer.step()
         state = measure.nbytes(dict.fromkeys(measure.tensors_in(list(optimizer.state.values()))))

@@ -366,3 +366,34 @@ def test_a_model_without_what_trains_and_fewer_rows_than_processes_are_refused(t
     why = f"^{len(found) + 1} processes cannot share {len(found)} rows of text: start fewer, or take more text$"
     with pytest.raises(ValueError, match=why):
         finetune(model, found, SETTINGS, ranks=ranks)
+
+
+def test_moments_of_8_bits_train_and_a_run_with_them_goes_on_with_the_same_bytes(tmp_path):
+    settings = replace(SETTINGS, steps=30, optimizer="adamw8bit", weight_decay=0.1)
+    data = texts(tmp_path)
+
+    def seeded():
+        torch.manual_seed(0)
+        return Language()  # whose positions are more numbers than AdamW8bit keeps in float32
+
+    trained = {}
+    for name, changes in (("whole", {}), ("adamw", {"optimizer": "adamw"}), ("no decay", {"weight_decay": 0.0})):
+        model = seeded()
+        finetune(model, rows(model, data), replace(settings, **changes))
+        trained[name] = weights(model)
+    assert not same(trained["whole"], trained["adamw"])
+    assert not same(trained["whole"], trained["no decay"])
+
+    def stop(step):
+        if step.number == 9:
+            raise KeyboardInterrupt
+
+    model, states = seeded(), States(tmp_path / "states", {})
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, rows(model, data), settings, states=states, watch=stop)
+    saved = States(tmp_path / "states", {}).newest()
+    assert any(value.dtype == torch.uint8 for name, value in saved.tensors.items() if name.startswith("optimizer."))
+    model, seen = seeded(), []
+    finetune(model, rows(model, data), settings, states=States(tmp_path / "states", {}), watch=seen.append)
+    assert seen[0].number == 9
+    assert same(weights(model), trained["whole"])

@@ -12,7 +12,17 @@ NONE = (0, -1, 1.5, True, "3")
 
 def test_values_out_of_their_range_are_named():
     bad = [(name, value) for name in ("steps", "epochs", "batch_size", "accumulate", "save_every") for value in NONE]
-    bad += [("warmup", -1), ("warmup", 1.0), ("seed", -1), ("seed", 2**63), ("decay", "exp"), ("weight_decay", -0.1)]
+    bad += [
+        ("warmup", -1),
+        ("warmup", 1.0),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("decay", "exp"),
+        ("optimizer", "sgd"),
+        ("weight_decay", -0.1),
+        ("warmup_ratio", -0.1),
+        ("warmup_ratio", 1),
+    ]
     bad += [(name, value) for name in ("lr", "clip") for value in (0, -1, float("nan"), float("inf"), "1", True)]
     bad += [("lr", LARGEST_LR * 1.01), ("patience", 3), ("eval_every", 0)]
     for name, value in bad:

@@ -33,6 +33,12 @@ def no_gpu(refused, monkeypatch, tmp_path):
     return run
 
 
+@pytest.fixture(autouse=True)
+def unknown_memory(monkeypatch):
+    """Let the machine not tell what memory is left, so that each machine trains alike, and no run is planned."""
+    monkeypatch.setattr("lowmem.tools.fit_memory.available_memory_or_none", lambda: None)
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder of a tiny llama with a tokenizer, and a file of examples."""

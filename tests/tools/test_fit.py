@@ -13,8 +13,16 @@ from lowmem.tools.arguments import option_string
 
 def test_options_of_folders_mean_nothing_for_classifiers(refused, monkeypatch):
     monkeypatch.setattr(fit_classifier, "run", lambda arguments: pytest.fail("it ran"))
-    given = {"format": "nf4", "memory": "lean", "decay": "linear", "eval_data": "a.txt", "plot": "a.png"}
-    given |= dict.fromkeys(("skip_dense", "resume", "shard", "replicate", "cut", "keep_base"), "")
+    given = {
+        "format": "nf4",
+        "memory": "lean",
+        "decay": "linear",
+        "optimizer": "adamw",
+        "eval_data": "a.txt",
+        "plot": "a.png",
+    }
+    given |= dict.fromkeys(("skip_dense", "compare_dense", "rslora", "resume", "shard", "replicate", "cut"), "")
+    given |= dict.fromkeys(("keep_base", "anyway"), "")
     given |= {"metrics": "a.jsonl", "eval_share": "0.1"}
     given |= {"clip": "0", "warmup": "0"}  # which are no defaults
     given |= {"log": "csv", "dropout": "0.5", "columns": "prompt=q", "template_kwargs": "{}", "skip_bad_rows": ""}

@@ -39,6 +39,7 @@ def fit(capsys, *options, data="data.jsonl"):
 @pytest.mark.parametrize("data", ["data.jsonl", "text.txt"])
 def test_an_adapter_that_lowmem_and_peft_load(data, place, capsys):
     options = ["--epochs", "6", "--eval-share", "0.2", "--eval-every", "10", "--save", "out", "--metrics", "m.jsonl"]
+    options += ["--compare-dense", "--batch-size", "4"]
     found, told = fit(capsys, *options, data=data)
     dense, stored, adapted = (found["perplexity"][name] for name in ("dense", "stored", "adapted"))
     assert adapted < 0.8 * min(dense, stored)
