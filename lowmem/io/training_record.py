@@ -11,7 +11,7 @@ import torch
 from lowmem.errors import short_repr, value_errors_as_file_errors
 from lowmem.io.model_folder import CONFIG, read_json_object
 from lowmem.nn.techniques import BlockwiseTechnique, Budget, EightBit, FourBit, Half, blockwise_technique
-from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS
+from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS, IMPORTED
 
 RECORD_FILE = "training.json"
 """The file beside an adapter that says how it was trained."""
@@ -70,6 +70,6 @@ def _technique_from_record(format_name: object, block_size: Any, embeddings: Any
         return Half(getattr(torch, str(format_name)))
     if isinstance(format_name, str) and (bits := re.fullmatch(r"(\d+(?:\.\d+)?) bits", format_name)):
         return Budget(float(bits[1]))
-    if format_name not in (*FORMATS, *EIGHT_BIT):
+    if format_name not in (*FORMATS, *IMPORTED, *EIGHT_BIT):
         raise ValueError(f"format={short_repr(format_name)} is none of this version's: upgrade lowmem")
     return blockwise_technique(str(format_name), block_size, embeddings=embeddings)

@@ -79,6 +79,10 @@ class Half:
         return as_frozen_parameter(torch.empty_like(tensor, dtype=self.dtype, device="meta"))
 
 
+EMBEDDINGS = ("8bit", "q8_0", "4bit")
+"""How ``FourBit`` can store embeddings and the output layer."""
+
+
 class BlockwiseTechnique:
     """Base of ``FourBit`` and ``EightBit``.
 
@@ -156,7 +160,8 @@ class FourBit(BlockwiseTechnique):
         offsets: whether each block has an offset, too, the middle of its weights: scales become "float16_offsets" or
             "float32_offsets". Products then also need the sums of the input over blocks, in float32.
         embeddings: "8bit": embeddings, the output layer of a language model, and layers that share a weight with them
-            are stored by ``EightBit()``; "4bit": like all other layers.
+            are stored by ``EightBit()``; "q8_0": by ``EightBit(format="q8_0")``, as GGUF holds them; "4bit": like all
+            other layers.
 
     Raises:
         ValueError: an unknown format or scales, a bad block size, ``search``, ``offsets`` or ``embeddings`` of
@@ -202,8 +207,8 @@ class FourBit(BlockwiseTechnique):
             object.__setattr__(self, "scales", f"{self.scales or 'float16'}_offsets")
         if self.scales is not None:
             object.__setattr__(self, "offsets", get_scale_encoding(self.scales).offsets)
-        if not is_one_of(self.embeddings, ("8bit", "4bit")):
-            raise ValueError(f"embeddings={short_repr(self.embeddings)} must be '8bit' or '4bit'")
+        if not is_one_of(self.embeddings, EMBEDDINGS):
+            raise ValueError(f"embeddings={short_repr(self.embeddings)} must be '8bit', 'q8_0' or '4bit'")
         check_compute_dtype(self.compute_dtype)
 
 
@@ -250,7 +255,8 @@ def embedding_and_output_technique(technique: FourBit) -> EightBit | FourBit:
         return technique
     dtype = technique.compute_dtype
     # No kernel multiplies 8-bit codes in int8
-    return EightBit(compute_dtype=None if dtype is torch.int8 else dtype)
+    dtype = None if dtype is torch.int8 else dtype
+    return EightBit(compute_dtype=dtype, format="q8_0" if technique.embeddings == "q8_0" else "int8")
 
 
 def blockwise_technique(

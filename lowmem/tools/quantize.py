@@ -15,7 +15,7 @@ from lowmem.io.convert_checkpoint import TensorConversionRow, convert_checkpoint
 from lowmem.io.filesystem import check_outside_inputs, exclusive_write_lock
 from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
 from lowmem.io.shards import INDEX
-from lowmem.nn.techniques import Budget, EightBit, FourBit, blockwise_technique
+from lowmem.nn.techniques import EMBEDDINGS, Budget, EightBit, FourBit, blockwise_technique
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS, IMPORTED
 from lowmem.quant.scale_encodings import ENCODINGS
 from lowmem.tools import quantize_foreign
@@ -121,8 +121,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--embeddings",
-        choices=["8bit", "4bit"],
-        help="for a folder: how to store embeddings and the output layer (default 8bit)",
+        choices=EMBEDDINGS,
+        help="for a folder: how to store embeddings and the output layer (default 8bit); q8_0 is what GGUF holds",
     )
     parser.add_argument(
         "--include",

@@ -49,7 +49,7 @@ def convert(
     instance of its own class, with its hooks; its ``weight`` is a read-only tensor, whose values are dequantized
     where something else than a product reads them. Norms stay dense, and biases but for those of nn.Linear,
     nn.Conv1d and nn.Conv2d in ``Half``. Modules that share a weight (tied embeddings) share the stored one, or
-    are skipped together. Embeddings and output layers are kept in 8 bits by ``FourBit(embeddings="8bit")``.
+    are skipped together. Embeddings and output layers are kept in 8 bits by ``FourBit`` unless ``embeddings="4bit"``.
 
     ``LoRA`` takes linear layers, transformers' Conv1D, experts (a pair of matrices for each) and the projections of
     nn.MultiheadAttention. These stay the same objects, too, get a child ``adapters``, and their parameters become an

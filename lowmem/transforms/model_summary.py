@@ -322,8 +322,10 @@ def _eight_bit_reason_by_module(model: nn.Module) -> dict[nn.Module, str]:
         module for module in all_paths_by_module(model) if storage_technique_type_or_none(module) is EightBit
     ]
     chosen = any(
-        getattr(base, "chosen_because", "") or not _storage_text(base).startswith("int8")
-        for base in eight_bit_modules
+        getattr(module, "chosen_because", "")
+        or any(isinstance(form, CodedForm) and form.method == "imported" for form in module.forms.values())
+        for module in eight_bit_modules
+        if isinstance(module, StoredModule)
     )
     if chosen or not set(eight_bit_modules) <= wider.keys():
         return {}

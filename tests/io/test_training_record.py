@@ -7,15 +7,16 @@ import pytest
 from lowmem import Budget, EightBit, FourBit, Half
 from lowmem.errors import FileError
 from lowmem.io.training_record import RECORD_FILE, read_training_technique_or_none, technique_format_name
-from lowmem.quant.formats import EIGHT_BIT, FORMATS
+from lowmem.quant.formats import EIGHT_BIT, FORMATS, IMPORTED
 
 TECHNIQUES = [
     None,
     Half(),
     Budget(4.9),
     Budget(5),
-    *map(FourBit, FORMATS),
+    *map(FourBit, (*FORMATS, *IMPORTED)),
     FourBit(embeddings="4bit"),
+    FourBit("iq4_nl", embeddings="q8_0"),
     *(EightBit(format=name) for name in EIGHT_BIT),
 ]
 

@@ -29,6 +29,7 @@ TECHNIQUES = {
     "offsets": (FourBit("int4", 32, offsets=True),),
     "int8": (FourBit(block_size=32, compute_dtype=torch.int8),),
     "q8_0": (EightBit(format="q8_0"),),
+    "gguf": (FourBit("iq4_nl", embeddings="q8_0"),),
     "lora": (LoRA(2),),
     "half lora": (Half(), LoRA(3)),
     "qlora": (FourBit(block_size=32), LoRA(3, alpha=6, dropout=0.1)),

@@ -1,6 +1,7 @@
 """The summary has every module with parameters, says why it was left, and its rows add up."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,7 +77,9 @@ def test_the_rows_add_up_to_what_the_model_stores_and_stands_for(make, technique
     assert all((row.reason is None) == (row.converted and row.path not in wider) for row in layers)
 
 
-def test_embeddings_in_the_8_bits_of_another_program_are_no_choice_of_fourbit():
+def test_embeddings_in_the_8_bits_of_another_program_are_no_choice_of_fourbit(monkeypatch):
+    store = EightBit.store
+    monkeypatch.setattr(EightBit, "store", lambda *given: replace(store(*given), method="imported"))
     model = convert(Tied(), EightBit(format="q8_0"), where=lambda path, _: path in ("tokens", "head"))
     convert(model, FourBit(), where=lambda path, _: path not in ("tokens", "head"))
     (row,) = [row for row in summary(model) if row.path == "tokens"]

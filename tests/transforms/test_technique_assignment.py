@@ -31,14 +31,15 @@ def test_only_layers_that_an_adapter_can_follow_have_one_placed():
     }
 
 
+@pytest.mark.parametrize(("embeddings", "format"), [("8bit", "int8"), ("q8_0", "q8_0")])
 @pytest.mark.parametrize("kind", [kind for kind, _ in HEADS])
-def test_four_bit_keeps_embeddings_and_output_layers_in_8_bits(kind, tmp_path):
-    model, narrow = convert(kind(), FourBit("nf4")), convert(kind(), FourBit("nf4", embeddings="4bit"))
+def test_four_bit_keeps_embeddings_and_output_layers_in_8_bits(kind, embeddings, format, tmp_path):
+    model, narrow = (convert(kind(), FourBit("nf4", embeddings=how)) for how in (embeddings, "4bit"))
     wider = [path for path, module in model.named_modules() if isinstance(module, Embedding8Bit | Linear8Bit)]
     heads = next(heads for own, heads in HEADS if own is kind)
     tokens = [path for path, module in model.named_modules() if path.endswith("tokens")]
     assert sorted(wider) == sorted([*tokens, *heads])
-    assert {row.stored.split(",")[0] for row in summary(model) if row.path in wider} == {"int8"}
+    assert {row.stored.split(",")[0] for row in summary(model) if row.path in wider} == {format}
     assert not any("8 bits" in (row.reason or "") for row in summary(narrow))
     assert not any(isinstance(module, Embedding8Bit | Linear8Bit) for module in narrow.modules())
     assert measure.theoretical_bytes(narrow) < measure.theoretical_bytes(model)

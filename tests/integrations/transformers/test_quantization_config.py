@@ -17,6 +17,7 @@ TECHNIQUES = [
     FourBit("bof4s", 32, "double", torch.bfloat16, True),
     FourBit(("nf4", "int4"), compute_dtype=torch.int8, search=False),
     FourBit("nf4", embeddings="4bit"),
+    FourBit("iq4_nl", embeddings="q8_0"),
     FourBit(),
     EightBit(32),
 ]

@@ -45,6 +45,7 @@ def test_it_equals_convert(tmp_path, kind):
     ways = [
         (FourBit("nf4"), {}, torch.float32),
         (FourBit("nf4", embeddings="4bit"), {}, torch.float32),
+        (FourBit("iq4_nl", embeddings="q8_0"), {}, torch.float32),
         (FourBit(("int4", "bof4s"), 32), {"skip": ["*lm_head", "*.[a-z]_proj", "*attn*"]}, torch.float32),
         (FourBit("nf4", compute_dtype=torch.bfloat16), {}, torch.bfloat16),
         (Half(torch.bfloat16), {}, torch.float32),
