@@ -22,8 +22,8 @@ class ModelError(RuntimeError):
     """The user's model cannot be measured on its input; the message is one line."""
 
 
-def check_model_and_inputs(model: object, *inputs: Any) -> nn.Module:
-    """Return ``model``; raise a ModelError if it is no module, or it or an input is on the meta device."""
+def check_model_and_inputs(model: object, *inputs: Any) -> None:
+    """Raise a ModelError if a model is no module, or it or an input is on the meta device."""
     if not isinstance(model, nn.Module):
         raise ModelError(truncated_error_line(f"the model must be a torch.nn.Module, found {_type_text(model)}"))
     named = [*model.named_parameters(), *model.named_buffers()]
@@ -32,7 +32,6 @@ def check_model_and_inputs(model: object, *inputs: Any) -> nn.Module:
             raise ModelError(
                 truncated_error_line(f"{name} is on the meta device, without values: load the model first")
             )
-    return model
 
 
 def _type_text(value: object) -> str:

@@ -125,7 +125,12 @@ def run(arguments: argparse.Namespace) -> int:
         )
         chat = apply_chat_arguments(arguments, tokenizer, recorded)
         ends = end_token_ids(model, tokenizer, arguments.chat, chat.template_kwargs)
-    generator = _TextGenerator(model.to(device), tokenizer, ends, arguments, chat.template_kwargs)
+    prepare_inference(model.to(device))
+    if arguments.cache_bits is not None:
+        from lowmem.integrations.transformers import ATTENTION
+
+        model.set_attn_implementation(ATTENTION)
+    generator = _TextGenerator(model, tokenizer, ends, arguments, chat.template_kwargs)
     torch.manual_seed(arguments.seed)
     code = 0
     try:
@@ -177,14 +182,9 @@ class _TextGenerator:
                 name: item for name, item in sampling_options.items() if item is not None
             }
         self._name = arguments.model
-        prepare_inference(model)
         self._cache_bits = arguments.cache_bits
         blocks = any(isinstance(getattr(item, "in_one_call", None), NativeBlock) for item in model.modules())
         self._keeps = blocks or self._cache_bits is not None
-        if self._cache_bits is not None:
-            from lowmem.integrations.transformers import ATTENTION
-
-            model.set_attn_implementation(ATTENTION)
         if tokenizer.pad_token_id is None:
             self._options["pad_token_id"] = end_token_ids[0] if end_token_ids else None
 

@@ -86,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     adapter = resolve_adapter_path_and_name(arguments.adapter, arguments.name)
     with exclusive_write_lock(arguments.out), progress_display("merge"):
         if is_folder:
+            check_not_exists(arguments.out)
             model, tokenizer = _load_base_and_gguf_tokenizer(arguments)
         else:
             model = load(arguments.base, import_model_factory(arguments.model))
@@ -134,7 +135,6 @@ def _load_base_and_gguf_tokenizer(arguments: argparse.Namespace) -> tuple[Any, A
     from lowmem.integrations.transformers.pretrained_folder import load_folder_or_gguf
     from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
 
-    check_not_exists(arguments.out)
     with delayed_transformers_log(), warnings_printed_as_notes():
         tokenizer = None if arguments.base.is_dir() else read_tokenizer(arguments.base)
         return load_folder_or_gguf(arguments.base), tokenizer

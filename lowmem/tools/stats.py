@@ -186,7 +186,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tokens is not None:
         raise ValueError(f"--tokens {arguments.tokens} plans a cache: add --plan or --at-most, or leave it out")
     if measures_step:
-        return _measure_and_print_step_memory(arguments, device)
+        memory_by_model = {
+            name: _build_model_and_measure_step(arguments, name, device) for name in arguments.models or VARIANTS
+        }
+        if arguments.plot is not None:
+            _write_step_memory_plot(arguments, memory_by_model)
+        _print_step_memory(arguments, memory_by_model)
+        return 0
     rows: list[ModelStats] = []
     layers: dict[str, Summary] = {}  # of the user's models
     for name in arguments.models or VARIANTS:
@@ -388,13 +394,8 @@ def _check_step_options_and_plot_path(arguments: argparse.Namespace, measures_st
     check_writable(path)
 
 
-def _measure_and_print_step_memory(arguments: argparse.Namespace, device: torch.device) -> int:
-    """Measure a training step of each model, and print and draw where its memory goes."""
-    memory_by_model = {
-        name: _build_model_and_measure_step(arguments, name, device) for name in arguments.models or VARIANTS
-    }
-    if arguments.plot is not None:
-        _write_step_memory_plot(arguments, memory_by_model)
+def _print_step_memory(arguments: argparse.Namespace, memory_by_model: Mapping[str, TrainingMemory]) -> None:
+    """Print where the memory of each model's training step goes."""
     if arguments.json:
         print_json(
             [
@@ -402,7 +403,7 @@ def _measure_and_print_step_memory(arguments: argparse.Namespace, device: torch.
                 for name, step_memory in memory_by_model.items()
             ]
         )
-        return 0
+        return
     parts = dict.fromkeys(part for step_memory in memory_by_model.values() for part in step_memory.parts)
     order = sorted(parts, key=lambda part: (part == "scratch", part.startswith("activations")))
     rows = [
@@ -412,7 +413,6 @@ def _measure_and_print_step_memory(arguments: argparse.Namespace, device: torch.
     rows.append(["peak", *(mib_text(step_memory.total_bytes) for step_memory in memory_by_model.values())])
     rows.append(["peak in", *(step_memory.moment for step_memory in memory_by_model.values())])
     print_table(["MiB", *memory_by_model], rows, markdown=arguments.markdown)
-    return 0
 
 
 def _build_model_and_measure_step(

@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowmem.errors import file_error, printable_line
 from lowmem.integrations.transformers.checkpoint_checks import TensorToParameterMapping, check_folder_fills_model
 from lowmem.integrations.transformers.gguf_config import check_config_matches_gguf, gguf_config_dict_or_none
+from lowmem.integrations.transformers.prequantized_loading import stored_part_dtypes_by_name, ties_of_parts
 from lowmem.integrations.transformers.quantization_config import METHOD
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
 from lowmem.io.formats.foreign_format import LazyForeignTensor, StorageForm
@@ -201,12 +202,14 @@ class _ForeignQuantizer(LowmemQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
-        tied = self.tie_and_get_source_by_target(model)
+        tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+        self.tie_parameters(model, tied)
         with _exclusive_cpu_reads():
             exact = self._exact = _ForeignStateDict(self.quantization_config, model)
         replace_layers_and_add_adapters(model, {"layers": exact.layers}, {})
         exact.add_extra_state_entries(model)
-        self.set_part_ties_and_dtypes(model, tied)
+        self.replace_ties_while_loading(model, ties_of_parts(model, tied))
+        self.part_dtypes = stored_part_dtypes_by_name(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:

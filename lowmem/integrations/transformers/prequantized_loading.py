@@ -64,16 +64,21 @@ def _names_with_and_without_prefix(name: str, prefix: str) -> tuple[str, str, st
     return name, name.removeprefix(prefix), prefix + name
 
 
-def part_ties_or_empty(model: Any, target: str, source: str) -> dict[str, str]:
-    """Return the ties of what two tied parameters consist of; none where only one of them is stored."""
-    parts = []
-    for name in (target, source):
+def ties_of_parts(model: Any, source_by_target: Mapping[str, str]) -> dict[str, str]:
+    """Return the ties of what tied parameters consist of, without ties of which only one end is stored."""
+
+    def part_names(name: str) -> list[str]:
         path, _, parameter_name = name.rpartition(".")
         module = model.get_submodule(path)
         form = module.forms.get(parameter_name) if isinstance(module, StoredModule) else None
-        parts.append([name] if form is None else [f"{name}_{part}" for part in form.parts])
-    stored = [names != [name] for names, name in zip(parts, (target, source), strict=True)]
-    return dict(zip(*parts, strict=True)) if stored[0] == stored[1] else {}
+        return [name] if form is None else [f"{name}_{part}" for part in form.parts]
+
+    ties: dict[str, str] = {}
+    for tie in source_by_target.items():
+        parts = [part_names(name) for name in tie]
+        stored = [names != [name] for names, name in zip(parts, tie, strict=True)]
+        ties |= dict(zip(*parts, strict=True)) if stored[0] == stored[1] else {}
+    return ties
 
 
 def stored_part_dtypes_by_name(model: nn.Module) -> dict[str, torch.dtype]:

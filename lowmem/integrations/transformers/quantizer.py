@@ -38,8 +38,8 @@ from lowmem.integrations.transformers.prequantized_loading import (
     folder_weight_conversions,
     make_resized_layers_dense,
     metadata_and_meta_tensors,
-    part_ties_or_empty,
     stored_part_dtypes_by_name,
+    ties_of_parts,
 )
 from lowmem.integrations.transformers.quantization_config import METHOD, LowmemConfig
 from lowmem.integrations.transformers.quantize_on_load import OnLoadBudgetLossMeasurer, OnLoadWeightStorer
@@ -289,7 +289,8 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
                 stacklevel=2,
             )
             return model
-        tied = self.tie_and_get_source_by_target(model)
+        tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+        self.tie_parameters(model, tied)
         if not self.pre_quantized:
             assert isinstance(config.technique, (Half, EightBit, FourBit, Budget))
             if isinstance(config.technique, Budget):  # which is divided once all weights were read
@@ -297,32 +298,27 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             else:
                 storing = OnLoadWeightStorer(model, config.technique, config.skip)
             self._storing = storing
-            ties = {
+            kept_ties = {
                 target: source for target, source in tied.items() if storing.are_both_stored_or_dense(target, source)
             }
-            self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties
+            self.replace_ties_while_loading(model, kept_ties)
             return model
         replace_layers_and_add_adapters(model, *metadata_and_meta_tensors(model, config, self._files))
         make_resized_layers_dense(model, self._files)
-        self.set_part_ties_and_dtypes(model, tied)
+        self.replace_ties_while_loading(model, ties_of_parts(model, tied))
+        self.part_dtypes = stored_part_dtypes_by_name(model)
         return model
 
     @staticmethod
-    def tie_and_get_source_by_target(model: Any) -> dict[str, str]:
-        """Tie the parameters of a model on the meta device; return the ties, target -> source."""
-        tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
-        for target, source in tied.items():
+    def tie_parameters(model: Any, source_by_target: Mapping[str, str]) -> None:
+        """Tie the parameters of a model on the meta device."""
+        for target, source in source_by_target.items():
             path, _, name = target.rpartition(".")
             setattr(model.get_submodule(path), name, model.get_parameter(source))
-        return tied
 
-    def set_part_ties_and_dtypes(self, model: Any, tied_parameters: Mapping[str, str]) -> None:
-        """Note the tensors to load, once the model's modules store weights."""
-        ties: dict[str, str] = {}
-        for target, source in tied_parameters.items():
-            ties |= part_ties_or_empty(model, target, source)
-        self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties
-        self.part_dtypes = stored_part_dtypes_by_name(model)
+    def replace_ties_while_loading(self, model: Any, source_by_target: dict[str, str]) -> None:
+        """Set the ties by which transformers loads the model, until all weights were loaded."""
+        self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, source_by_target
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._storing is not None:

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +167,10 @@ def padded_batches(
     """Return batches of at most ``batch_size`` paragraphs, the shortest first so that little is padded, with their
     masks.
 
-    Paragraphs are cut to ``max_tokens`` tokens. A tokenizer without a token to pad with gets one.
+    Paragraphs are cut to ``max_tokens`` tokens. A copy of a tokenizer without a token to pad with gets one.
     """
     if tokenizer.pad_token is None:
+        tokenizer = deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     ordered = sorted(paragraphs, key=len)
     options = {"padding": True, "truncation": True, "max_length": max_tokens, "return_tensors": "pt"}
@@ -233,8 +235,8 @@ def _byte_level_tokenizer(
     tokenizer_json: dict[str, Any], split_patterns: tuple[str | bool, ...], ignore_merges: bool
 ) -> Tokenizer:
     """Return a tokenizer of bytes; ``ignore_merges``: whether a word that is a token is taken as it is."""
-    tokenizer_json["model"]["ignore_merges"] = ignore_merges
-    made = Tokenizer.from_str(json.dumps(tokenizer_json))
+    model = {**tokenizer_json["model"], "ignore_merges": ignore_merges}
+    made = Tokenizer.from_str(json.dumps({**tokenizer_json, "model": model}))
     steps = [
         pre_tokenizers.Digits(individual_digits=True)
         if cut == "digits"

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowmem import FileError
 from lowmem.integrations.transformers import TextTokenizer
-from lowmem.integrations.transformers.text_tokenizer import gguf_tokenizer, read_tokenizer
+from lowmem.integrations.transformers.text_tokenizer import gguf_tokenizer, padded_batches, read_tokenizer
 from lowmem.io.formats.gguf.gguf_file import GGUFTensorInfo, encode_metadata_field, write_new_gguf_file
 from tests.integrations.transformers.tokens import VOCABULARY, write_tokenizer
 
@@ -71,6 +71,14 @@ def test_tokens_are_the_tokenizer_s(tokenizer):
     mine = TextTokenizer(tokenizer)
     assert mine.end == tokenizer.eos_token_id
     assert mine.encode("some text", False) == tokenizer("some text", add_special_tokens=False)["input_ids"]
+
+
+def test_padding_a_batch_leaves_a_tokenizer_without_a_token_for_it_as_it_was(tokenizer):
+    tokenizer.pad_token = None
+    (batch,) = padded_batches(tokenizer, ["one two", "one"], max_tokens=8, batch_size=2)
+    assert batch["input_ids"][0, -1] == tokenizer.eos_token_id
+    assert batch["attention_mask"][0, -1] == 0
+    assert tokenizer.pad_token is None
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
