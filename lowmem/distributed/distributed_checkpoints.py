@@ -63,7 +63,7 @@ class DistributedCheckpoints(States):
             OSError: the state before cannot be written; the one before that is kept.
         """
         self.wait_for_last_save()
-        tensors = self._gather_tensors_to_rank_zero(saved.tensors)
+        tensors = self._random_states_of_all_ranks(saved.tensors) | _whole_tensors_on_rank_zero(saved.tensors)
         if distributed.get_rank() == 0:
             self._writing = self._writer.submit(super().save, SavedState(saved.step, tensors, saved.record))
 
@@ -98,22 +98,27 @@ class DistributedCheckpoints(States):
         if distributed.get_rank() == 0:
             super().remove()
 
-    def _gather_tensors_to_rank_zero(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return, in the first process, copies of whole values on the CPU, and the random states of all processes."""
+    def _random_states_of_all_ranks(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the random states among ``tensors`` of all processes, by their names with the rank."""
         gathered: dict[str, Tensor] = {}
-        for name, value in tensors.items():
+        for name, own_state in tensors.items():
             if name.startswith("random."):
-                states = [torch.empty_like(value) for _ in range(distributed.get_world_size())]
-                distributed.all_gather(states, value, group=self._group)
-                gathered |= {
-                    _name_with_rank_if_random_state(name, rank): rank_state for rank, rank_state in enumerate(states)
-                }
-                continue
+                states = [torch.empty_like(own_state) for _ in range(distributed.get_world_size())]
+                distributed.all_gather(states, own_state, group=self._group)
+                gathered |= {_name_with_rank_if_random_state(name, rank): state for rank, state in enumerate(states)}
+        return gathered
+
+
+def _whole_tensors_on_rank_zero(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return, in the first process, copies of the whole values on the CPU, without random states; {} in others."""
+    whole_tensors: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if not name.startswith("random."):
             sharded: Any = value
             whole: Tensor = sharded.full_tensor() if hasattr(value, "full_tensor") else value
             if distributed.get_rank() == 0:
-                gathered[name] = whole.to("cpu", copy=True)
-        return gathered
+                whole_tensors[name] = whole.to("cpu", copy=True)
+    return whole_tensors
 
 
 def _local_shards_or_same_tensors(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, Tensor]:

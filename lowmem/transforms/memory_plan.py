@@ -244,7 +244,7 @@ def plan(
             runs[kinds] = make_fake_and_measure_run(converted.model, batch, training, loss, cached)
         return plan_from_figures(converted, training, runs[kinds])
 
-    for tried in _technique_candidates(training):
+    for tried in _storage_candidates(with_lora=training is not None):
         try:
             converted = convert_on_meta_and_count_bytes(make, tried, where, skip)
         except ValueError as reason:
@@ -282,14 +282,7 @@ def convert_on_meta_and_count_bytes(
     """Make and convert a model on the meta device; raises as ``plan``."""
     check_model_factory("make", make_model)
     if techniques:
-        # The trial's one layer has no paths that a LoRA's patterns match, and is too small for its rank.
-        # Nor can its short rows be stored in every budget of bits.
-        tried = [replace(t, rank=1, ranks=(), alphas=()) if isinstance(t, LoRA) else t for t in techniques]
-        tried = [t.choices[0] if isinstance(t, Budget) else t for t in tried]
-        with torch.random.fork_rng(devices=[]):
-            convert(
-                nn.Linear(8, 8, dtype=torch.float32, device="cpu"), *tried
-            )  # raises where the techniques alone are wrong
+        _check_techniques_by_a_trial(techniques)
     try:
         with torch.device("meta"):
             model = make_model_with_meta_parameters(make_model)
@@ -318,6 +311,16 @@ def convert_on_meta_and_count_bytes(
         load=measure.nbytes(after) + replaced + largest,
         conversion=before + measure.nbytes(tensor for tensor in after if tensor not in dense) + storing,
     )
+
+
+def _check_techniques_by_a_trial(techniques: tuple[Technique, ...]) -> None:
+    """Raise the errors of ``convert`` for techniques that no model can have."""
+    # The trial's one layer has no paths that a LoRA's patterns match, and is too small for its rank.
+    # Nor can its short rows be stored in every budget of bits.
+    tried = [replace(t, rank=1, ranks=(), alphas=()) if isinstance(t, LoRA) else t for t in techniques]
+    tried = [t.choices[0] if isinstance(t, Budget) else t for t in tried]
+    with torch.random.fork_rng(devices=[]):
+        convert(nn.Linear(8, 8, dtype=torch.float32, device="cpu"), *tried)
 
 
 def plan_from_figures(
@@ -467,12 +470,12 @@ def _empty_embedding_output(layer: HalfEmbedding | QuantizedEmbedding, indices: 
     return torch.empty(*indices.shape, layer.embedding_dim, dtype=layer.dtype, device=indices.device)
 
 
-def _technique_candidates(optimizer_name: str | None) -> list[tuple[Technique, ...]]:
-    """Return what ``at_most`` tries, from what loses least to what takes least."""
+def _storage_candidates(with_lora: bool) -> list[tuple[Technique, ...]]:
+    """Return the techniques that ``at_most`` tries, from what loses least to what takes least."""
     bases: list[tuple[Technique, ...]] = [(), (Half(torch.bfloat16),), (EightBit(),)]
     bases += [(FourBit(block_size=n, embeddings=e),) for n in (None, 64, 128, 512) for e in ("8bit", "4bit")]
     bases += [(technique,) for technique in SMALLEST if (technique,) not in bases]
-    return bases if optimizer_name is None else [(), *((*base, LoRA()) for base in bases)]
+    return [(), *((*base, LoRA()) for base in bases)] if with_lora else bases
 
 
 def parse_byte_count(size: str | int) -> int:

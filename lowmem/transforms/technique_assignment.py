@@ -111,10 +111,7 @@ def budget_choices_by_module(
             for weights_by_key in weights
             for name, weight, tensor in weights_by_key.values()
         }
-        important = measure_importance_by_weight(model, budget.inputs, sized)
-        if unseen := [name for name in sized if name not in important]:
-            text = f"no batch of inputs= reached {abbreviated_layer_names(unseen)}, which get the least bits"
-            warnings.warn(text, UserWarning, stacklevel=6)
+        important = _measured_importance_or_warn(model, budget.inputs, sized)
 
     def weight_losses_or_none(name: str, tensor: Tensor) -> Sequence[float] | None:
         if choice_losses is not None:
@@ -143,6 +140,18 @@ def budget_choices_by_module(
             got = of_modules[module]
             of_modules[module] = replace(got, technique=replace(got.technique, compute_dtype=None))
     return of_modules
+
+
+def _measured_importance_or_warn(
+    model: nn.Module, batches: Iterable[Any], weights_and_columns: Mapping[str, tuple[nn.Parameter, int]]
+) -> Mapping[str, RowAndColumnImportance]:
+    """Return the importance of each weight that batches reach, by its name; warn of the others."""
+    important = measure_importance_by_weight(model, batches, weights_and_columns)
+    if unseen := [name for name in weights_and_columns if name not in important]:
+        text = f"no batch of inputs= reached {abbreviated_layer_names(unseen)}, which get the least bits"
+        # The caller of the function that with_model_lock wraps
+        warnings.warn(text, UserWarning, stacklevel=7)
+    return important
 
 
 def _tensors_in_stored_shape_by_name(

@@ -100,7 +100,7 @@ def run_and_group_into_units(
             return units
         if blocks_requested:
             raise ValueError(f"{reason}: name other blocks, or blocks=() to calibrate layer by layer")
-    groups, calls, _ = _input_groups_and_call_counts(model, batches, layers, centered_layers)
+    groups, calls = _input_groups_and_call_counts(model, batches, layers, centered_layers)
     return [CalibrationUnit(group, None, calls[group[0]]) for group in groups]
 
 
@@ -144,7 +144,7 @@ def _block_units_and_refusal(
     ):
         for block in inner:
             stack.callback(block.register_forward_hook(record_block_exit).remove)
-        groups, calls, seen = _input_groups_and_call_counts(model, [batch], free, centered_layers, order)
+        groups, calls = _input_groups_and_call_counts(model, [batch], free, centered_layers, order)
     if outside:
         return [], f"{layer_display_name(paths[outside[0]])} is called outside of its block, too"
     often = next((block for block, count in called.items() if count > 1), None)
@@ -157,7 +157,7 @@ def _block_units_and_refusal(
             units.append(CalibrationUnit([layer for layer, block in owner.items() if block is module], module))
         elif module in of_leader:
             units.append(CalibrationUnit(of_leader[module], None, calls[module]))
-    return [*units, *(CalibrationUnit([layer]) for layer in free if layer not in seen)], None
+    return [*units, *(CalibrationUnit([layer]) for layer in free if layer not in calls)], None
 
 
 def _input_groups_and_call_counts(
@@ -165,9 +165,9 @@ def _input_groups_and_call_counts(
     batches: Iterable[Any],
     layers: Iterable[nn.Module],
     centered_layers: Collection[nn.Module],
-    call_order: dict[nn.Module, None] | None = None,
-) -> tuple[list[list[nn.Module]], Counter[nn.Module], set[nn.Module]]:
-    """Return groups of layers with the same inputs, in call order; their most calls in a run; and all called."""
+    call_order_to_extend: dict[nn.Module, None] | None = None,
+) -> tuple[list[list[nn.Module]], Counter[nn.Module]]:
+    """Return groups of layers with the same inputs, in call order; and the most calls of each called one in a run."""
     total, most, now = (Counter[nn.Module]() for _ in range(3))
     # For each layer, the first layers that got its inputs
     first: dict[nn.Module, set[nn.Module]] = {}
@@ -178,8 +178,8 @@ def _input_groups_and_call_counts(
             readers.input_and_its_first_layer(layer, args, kwargs, layer in centered_layers)[1]
         )
         now[layer] += 1
-        if call_order is not None:
-            call_order.setdefault(layer)
+        if call_order_to_extend is not None:
+            call_order_to_extend.setdefault(layer)
 
     with registered_forward_pre_hooks(layers, record_layer_input):
         for batch in batches:
@@ -194,4 +194,4 @@ def _input_groups_and_call_counts(
         leader = next(iter(leaders))
         together = len(leaders) == 1 and leader in groups and total[leader] == total[layer]
         groups.setdefault(leader if together else layer, []).append(layer)
-    return list(groups.values()), most, set(first)
+    return list(groups.values()), most
