@@ -189,9 +189,9 @@ def read_adapter_summary(path: Path) -> AdapterFileSummary:
     _check_not_peft_part_or_gguf(path)
     metadata = verify_and_map_file(path).metadata
     with value_errors_as_file_errors(path, "load the adapter"):
-        name, _, records, _ = _parse_adapter_metadata(metadata)
-    rank = Counter(technique.rank for technique in records.values()).most_common(1)[0][0]
-    return AdapterFileSummary(name, rank, None, None)
+        adapter = _parse_adapter_metadata(metadata)
+    rank = Counter(technique.rank for technique in adapter.techniques.values()).most_common(1)[0][0]
+    return AdapterFileSummary(adapter.name, rank, None, None)
 
 
 def resolve_adapter_path_and_name(path: Path, requested_name: str | None) -> tuple[Path, str | None]:
@@ -430,8 +430,14 @@ def _fingerprinted_base_tensors_by_name(base: nn.Module, parameter: str) -> dict
     return {parameter: unadapted_parameter(base, parameter)}
 
 
-def _parse_adapter_metadata(metadata: dict[str, Any]) -> tuple[str, str, dict[str, LoRA], list[str]]:
-    """Return an adapter's name, the fingerprint of its base, its technique in each layer, and names of buffers."""
+class _AdapterMetadata(NamedTuple):
+    name: str
+    base_sha256: str
+    techniques: dict[str, LoRA]  # by the layers' paths
+    buffer_names: list[str]
+
+
+def _parse_adapter_metadata(metadata: dict[str, Any]) -> _AdapterMetadata:
     with value_errors_with_part("its metadata"):
         fields = checked_json_object_with_keys(metadata, ("kind", "name", "base", "layers"), ("buffers",))
         buffers = fields.get("buffers", [])
@@ -448,7 +454,7 @@ def _parse_adapter_metadata(metadata: dict[str, Any]) -> tuple[str, str, dict[st
     for place, record in layers.items():
         with value_errors_with_part(f"its record of {layer_display_name(place)}"):
             records[place] = parse_lora_record(record)
-    return fields["name"], fields["base"], records, buffers
+    return _AdapterMetadata(fields["name"], fields["base"], records, buffers)
 
 
 def _adapter_tensor_name(layer_path: str, matrix_name: str) -> str:

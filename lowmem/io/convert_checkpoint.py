@@ -90,7 +90,11 @@ def convert_checkpoint(
     check_writable_model_path(target)
     with SafetensorsCheckpoint(source) as checkpoint:
         wanted = _checked_2d_to_4d_weight_names(checkpoint.specs, list(include), list(exclude))
-        chosen = _budget_choices_by_tensor_name(checkpoint, wanted, technique, device, progress)
+        chosen = (
+            _read_weights_and_divide_budget(checkpoint, wanted, technique, device, progress)
+            if isinstance(technique, Budget)
+            else dict.fromkeys(wanted, BudgetChoice(technique, ""))
+        )
         errors: dict[str, float] = {}
         weights = {
             name: _lazily_quantized_weight(checkpoint, name, chosen[name].technique, device, errors)
@@ -119,17 +123,15 @@ def convert_checkpoint(
     return [rows[name] for name in sorted(rows)]
 
 
-def _budget_choices_by_tensor_name(
+def _read_weights_and_divide_budget(
     checkpoint: SafetensorsCheckpoint,
     tensor_names: set[str],
-    technique: FourBit | EightBit | Budget,
+    budget: Budget,
     device: torch.device | str,
     progress: Callable[[str, int], None],
 ) -> dict[str, BudgetChoice]:
-    """Return how each tensor is stored."""
-    if not isinstance(technique, Budget):
-        return dict.fromkeys(tensor_names, BudgetChoice(technique, ""))
-    if technique.inputs is not None:
+    """Return how each tensor is stored; all are read, and ``progress`` is called with each."""
+    if budget.inputs is not None:
         raise ValueError("Budget(inputs=) runs a model, and a checkpoint is none: leave inputs= out")
     units: dict[str, BudgetUnit] = {}
     for name in sorted(tensor_names):
@@ -144,7 +146,7 @@ def _budget_choices_by_tensor_name(
         units[name] = unit
         progress(name, tensor.nbytes)
         del tensor
-    return dict(zip(units, budget_choices_with_reasons(list(units.values()), technique), strict=True))
+    return dict(zip(units, budget_choices_with_reasons(list(units.values()), budget), strict=True))
 
 
 def _checked_2d_to_4d_weight_names(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ from lowmem.transforms.module_replacement import commit_replacements_and_freeze
 from lowmem.transforms.named_adapters import add_adapter_and_freeze_rest
 from lowmem.transforms.tied_weights import restore_shared_biases_to_dense, weight_memory_key
 
+_RecordedAdapters: TypeAlias = dict[tuple[nn.Module, str], tuple[str, dict[str, tuple[LoRA, bool]]]]
+"""By the module and parameter that they change: the recorded path, and each adapter by name, and whether active."""
+
 
 def replace_layers_and_add_adapters(
     model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]
@@ -56,12 +59,21 @@ def replace_layers_and_add_adapters(
         ValueError: the records are invalid, or do not fit the model.
     """
     _replace_recorded_layers(model, metadata["layers"])
-    _check_and_add_adapters(model, metadata.get("adapters", {}), tensors)
+    with value_errors_with_part("its record of the adapters"):
+        records = checked_json_object(metadata.get("adapters", {}))
+    adapters_by_parameter = _recorded_adapters_by_parameter(model, records)
+    _add_recorded_adapters(model, adapters_by_parameter, tensors)
+    if any(f".{CHILD}." in f".{name}" for name in tensors):
+        sync_buffers_with_adapters(model)
+    else:
+        # Those of all adapters are the base's; ``assign`` copies them
+        discard_inactive_buffers(model)
 
 
-def _replace_recorded_layers(model: nn.Module, records: Mapping[str, object]) -> None:
-    modules_by_path = {path: module for module, paths in all_paths_by_module(model).items() for path in paths}
-    paths_and_forms = _paths_and_forms_by_parameter(model, modules_by_path, records)
+def _checked_names_to_store_by_module(
+    modules_by_path: Mapping[str, nn.Module], paths_and_forms: Mapping[tuple[nn.Module, str], tuple[str, Form]]
+) -> dict[nn.Module, list[str]]:
+    """Return the names of the parameters that each module stores; raise for modules that cannot."""
     layers: dict[nn.Module, list[str]] = {}
     unfit: list[str] = []
     for (module, name), (path, form) in paths_and_forms.items():
@@ -82,10 +94,17 @@ def _replace_recorded_layers(model: nn.Module, records: Mapping[str, object]) ->
     if unfit:
         what = _first_three_joined_and_more_count(unfit, "; ")
         raise ValueError(f"{what}; leave them out when the file is made (skip= or --exclude)")
+    return layers
+
+
+def _replace_recorded_layers(model: nn.Module, records: Mapping[str, object]) -> None:
+    """Replace layers by empty ones; a layer that the file does not record gets that as its reason to be dense."""
+    modules_by_path = {path: module for module, paths in all_paths_by_module(model).items() for path in paths}
+    paths_and_forms = _paths_and_forms_by_parameter(model, modules_by_path, records)
     replacements: dict[nn.Module, nn.Module] = {}
     # By the key of a weight
     stored: dict[Any, tuple[str, Form, Any]] = {}
-    for module, names in layers.items():
+    for module, names in _checked_names_to_store_by_module(modules_by_path, paths_and_forms).items():
 
         def shared_empty_weight(dense: Tensor, parameter_name: str, module: nn.Module = module) -> Any:
             path, form = (
@@ -187,12 +206,10 @@ def _module_and_parameter_name_or_weight(
     return module, name
 
 
-def _check_and_add_adapters(model: nn.Module, records: object, tensors: Mapping[str, Tensor]) -> None:
-    """Give layers the adapters that a file records; all records are checked before one is built."""
-    with value_errors_with_part("its record of the adapters"):
-        records = checked_json_object(records)
+def _recorded_adapters_by_parameter(model: nn.Module, records: Mapping[str, object]) -> _RecordedAdapters:
+    """Return the adapters that a file records, after all of them were checked against the model."""
     places = adaptable_module_and_name_by_path(model)
-    adapters_by_parameter: dict[tuple[nn.Module, str], tuple[str, dict[str, tuple[LoRA, bool]]]] = {}
+    adapters_by_parameter: _RecordedAdapters = {}
     for place, record in records.items():
         why = adapter_skip_reason_or_none(model, places, place)
         if why is not None:
@@ -205,6 +222,13 @@ def _check_and_add_adapters(model: nn.Module, records: object, tensors: Mapping[
                 f"it adapts {layer_display_name(first)} and {layer_display_name(place)} differently, which are one "
                 "layer here"
             )
+    return adapters_by_parameter
+
+
+def _add_recorded_adapters(
+    model: nn.Module, adapters_by_parameter: _RecordedAdapters, tensors: Mapping[str, Tensor]
+) -> None:
+    """Give layers adapters in the dtypes of a file's tensors, active where the file says so."""
     parts = [
         (module, parameter, name, technique, active, _adapter_tensor_prefix(place, parameter, name))
         for (module, parameter), (place, adapters) in adapters_by_parameter.items()
@@ -230,11 +254,6 @@ def _check_and_add_adapters(model: nn.Module, records: object, tensors: Mapping[
         add_adapter_and_freeze_rest(model, name, techniques, paths)
     for module, names in in_use.items():
         cast(AdaptedModule, module).adapters.active = tuple(names)
-    if any(f".{CHILD}." in f".{name}" for name in tensors):
-        sync_buffers_with_adapters(model)
-    else:
-        # Those of all adapters are the base's; ``assign`` copies them
-        discard_inactive_buffers(model)
     for (module, parameter, name), dtype in dtypes.items():
         cast(AdaptedModule, module).adapters.adapters_by_parameter(name)[parameter].to(dtype)  # it may have been cast
 

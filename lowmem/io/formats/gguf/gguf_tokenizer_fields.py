@@ -117,10 +117,10 @@ class _GGUFTokenizerFieldsBuilder:
         self.content, self.settings, self.config = content, settings, config
         self.model: dict[str, Any] = content["model"]
         self.added: list[dict[str, Any]] = content.get("added_tokens") or []
-        self.tokens = self._set_unused_and_return_tokens(embedding_rows)
+        self.tokens, self.unused = self._checked_tokens_and_unused_rows(embedding_rows)
 
-    def _set_unused_and_return_tokens(self, embedding_rows: int) -> list[str]:
-        """Return the token of each row of the embedding; unused ones get a name of their own."""
+    def _checked_tokens_and_unused_rows(self, embedding_rows: int) -> tuple[list[str], set[int]]:
+        """Return the token of each row of the embedding, and the unused rows, whose tokens get names of their own."""
         vocab = self.model["vocab"]
         if not isinstance(vocab, dict):
             raise ValueError(f"its model is {short_repr(self.model.get('type'))}, and no BPE")
@@ -130,10 +130,9 @@ class _GGUFTokenizerFieldsBuilder:
         if least < 0 or most >= embedding_rows or not all(type(number) is int for number in by_id):
             raise ValueError(f"it has a token {short_repr(most)}, and the model has {embedding_rows}")
         tokens = [by_id.get(number, f"[PAD{number}]") for number in range(embedding_rows)]
-        self.unused = set(range(embedding_rows)) - by_id.keys()
         if len(set(tokens)) != embedding_rows:
             raise ValueError("it has two tokens of one text")
-        return tokens
+        return tokens, set(range(embedding_rows)) - by_id.keys()
 
     def checked_gguf_fields(self) -> dict[str, GGUFValue]:
         if self.model.get("type", "BPE") != "BPE":

@@ -99,7 +99,11 @@ def export_gguf(
         weight_shapes = {plan.placed.name: plan.placed.shape for plan in plans}
         described_by = "config.json" if existing is None else quoted_path(existing.path)
         _check_weights_match_metadata(model, names, numbers, weight_shapes, described_by)
-        computed = _rope_or_copied_tensors_and_bytes(model, names, existing)
+        computed = (
+            _rope_factor_tensors_and_bytes(model)
+            if existing is None
+            else _read_copied_tensors_and_bytes(existing, names)
+        )
         fields = _encoded_metadata_or_warn(model, existing, numbers, plans)
         placed = [computed_tensor for computed_tensor, _ in computed] + [plan.placed for plan in plans]
         rows: list[Exported] = []
@@ -286,18 +290,19 @@ def _check_weights_match_metadata(
             )
 
 
-def _rope_or_copied_tensors_and_bytes(
-    model: LazyModelContent, names: GGUFTransformersNameMap, existing: OpenGGUFMetadataSource | None
+def _rope_factor_tensors_and_bytes(model: LazyModelContent) -> list[tuple[GGUFTensorInfo, Tensor]]:
+    """Return the tensor of rope's factors, with its bytes, of a model that has them: transformers computes them."""
+    with value_errors_as_file_errors(model.folder or model.path, "export"):
+        factors = llama3_rope_factors_or_none(model.config or {})
+    if factors is None:
+        return []
+    return [(GGUFTensorInfo("rope_freqs.weight", tuple(factors.shape), 0), flat_dense_bytes(factors))]
+
+
+def _read_copied_tensors_and_bytes(
+    existing: OpenGGUFMetadataSource, names: GGUFTransformersNameMap
 ) -> list[tuple[GGUFTensorInfo, Tensor]]:
-    """Return the tensors, with their bytes, that the model in transformers computes itself, and llama.cpp reads."""
-    if existing is None:
-        with value_errors_as_file_errors(model.folder or model.path, "export"):
-            factors = llama3_rope_factors_or_none(model.config or {})
-        return (
-            []
-            if factors is None
-            else [(GGUFTensorInfo("rope_freqs.weight", tuple(factors.shape), 0), flat_dense_bytes(factors))]
-        )
+    """Return the tensors of an existing file, with their bytes, that models in transformers compute themselves."""
     copied_tensors = []
     for tensor in existing.header.tensors.values():
         with value_errors_as_file_errors(existing.path, "copy from"):

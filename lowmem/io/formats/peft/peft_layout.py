@@ -153,10 +153,9 @@ class PeftTargetLayers:
             )
         return module
 
-    def _check_and_add_slot(
+    def _add_slot(
         self, path: str, parameter: str, pattern_name: str, prefix: str, matrix_suffixes: Mapping[str, str]
     ) -> None:
-        self._check_lowmem_can_adapt(path, parameter)
         keys = {part: f"{prefix}.{name}" for part, name in matrix_suffixes.items()}
         self.slots.append(
             PeftAdapterSlot(
@@ -183,7 +182,8 @@ class PeftTargetLayers:
         if why is not None:
             raise ValueError(f"{layer_display_name(path)} is a {type(module).__name__}: {why}")
         parts = _OF_EMBEDDING if isinstance(module, nn.Embedding) else _PARTS
-        self._check_and_add_slot(path, "weight", path, self.tensor_name_prefix(path), parts)
+        self._check_lowmem_can_adapt(path, "weight")
+        self._add_slot(path, "weight", path, self.tensor_name_prefix(path), parts)
 
     def _check_and_add_parameters(self, path: str, names: Sequence[str]) -> None:
         module = self._checked_module_at_path(path)
@@ -200,7 +200,7 @@ class PeftTargetLayers:
             if why is not None:
                 raise ValueError(f"{layer_display_name(layer_or_parameter_path(path, name))} {why}: leave it out")
             inside = len(names) - 1 - number
-            self._check_and_add_slot(path, name, f"{path}.{name}", self.tensor_name_prefix(path, inside), _PARTS)
+            self._add_slot(path, name, f"{path}.{name}", self.tensor_name_prefix(path, inside), _PARTS)
 
 
 def dense_parameter_names(module: nn.Module) -> list[str]:
