@@ -11,6 +11,7 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +38,18 @@ def load_native_module_and_reason() -> tuple[ModuleType | None, str]:
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
     _native.use_torch(Tensor, Parameter, table, torch._C._to_dlpack, scratch)
+    return _native, f"compiled C on {_limit_threads_and_describe(_native)}"
+
+
+def _limit_threads_and_describe(native: Any) -> str:
+    """Let C use torch's threads, as many as there are cores for this process; return which threads C uses."""
     package = Path(torch.__file__).parent
     bundled = [*(package / "lib").glob("lib*omp*"), *(package.parent / "torch.libs").glob("lib*omp*")]
     libraries = [*sorted(map(str, bundled)), "libgomp.so.1", "libomp.so", "libiomp5.so"]
-    _native.limit_threads(usable_cpu_count(), True)
-    if any(_native.share_threads(path) for path in libraries):
-        return _native, "compiled C on torch's threads"
-    return _native, "compiled C on one thread, since torch's OpenMP library was not found"
+    native.limit_threads(usable_cpu_count(), True)
+    if any(native.share_threads(path) for path in libraries):
+        return "torch's threads"
+    return "one thread, since torch's OpenMP library was not found"
 
 
 def missing_kernel_warning_or_none(import_error: object, platform: str) -> str | None:

@@ -82,7 +82,7 @@ def merged_copy_and_errors(
             new = made[parameter] = checked_rounded_copy(adapted, stored.dtype, parameter) if added else stored
         errors[parameter] = relative_error(adapted, stored), relative_error(adapted, new)
     folded = (
-        _replace_with_merged_parameters(base, made) if dtype is None else _make_dense_in_dtype(base, dense, dtype)
+        _replace_with_merged_parameters(base, made) if dtype is None else _dense_copy_in_dtype(base, dense, dtype)
     )
     return MergedCopyAndErrors(folded, errors)
 
@@ -127,22 +127,23 @@ def _replace_with_merged_parameters(module_copy: nn.Module, merged_weights: Mapp
     return module_copy
 
 
-def _make_dense_in_dtype(module: nn.Module, merged_values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+def _dense_copy_in_dtype(module: nn.Module, merged_values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
     """Return a copy of a module in which all parameters are dense and have the dtype ``dtype``."""
     values: dict[str, Tensor | None] = {}
-    if isinstance(module, StoredModule):
-        for name in module.forms:
-            shape, value = module.stored_tensor(name).shape, merged_values.get(name)
-            values[name] = as_frozen_parameter(
-                (module.stored_tensor(name).dequantize(dtype) if value is None else value).view(shape)
-            )
-        module = dense_shallow_copy(module, values)
+    for name in module.forms if isinstance(module, StoredModule) else ():
+        tensor, value = module.stored_tensor(name), merged_values.get(name)
+        values[name] = as_frozen_parameter((tensor.dequantize(dtype) if value is None else value).view(tensor.shape))
+    dense_copy = (
+        dense_shallow_copy(module, values)
+        if isinstance(module, StoredModule)
+        else hookless_shallow_copy(module, type(module))
+    )
     parameters: dict[str, Any] = {}
-    for name, parameter in module._parameters.items():
+    for name, parameter in dense_copy._parameters.items():
         value = merged_values.get(name, parameter)
         if parameter is not None and value is not None and name not in values:
             rounded = checked_rounded_copy(value, dtype, name).view(parameter.shape)
             parameter = nn.Parameter(rounded, requires_grad=parameter.requires_grad)
         parameters[name] = parameter
-    module.__dict__["_parameters"] = parameters
-    return module
+    dense_copy.__dict__["_parameters"] = parameters
+    return dense_copy

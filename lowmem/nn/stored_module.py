@@ -256,15 +256,7 @@ class StoredModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move parts between devices without changing their bits; a cast changes only the stored tensors' dtype."""
-        for name, storage in self._forms.items():
-            first = getattr(self, f"{name}_{storage.form.parts[0]}")
-            before = first.__dict__.get("presented_dtype", storage.dtype)
-            cast = fn(torch.empty(0, dtype=before, device="cpu")).dtype
-            cast = cast if cast.is_floating_point else before
-            self._forms[name] = storage._replace(dtype=cast)
-            # Seen by all modules that share the weight
-            if cast is not before:
-                first.presented_dtype = cast
+        self._cast_presented_dtypes(fn)
         parts = [getattr(self, name) for name in self.part_parameter_names]
 
         def apply_without_cast_of_parts(tensor: Tensor) -> Tensor:
@@ -277,16 +269,31 @@ class StoredModule(nn.Module):
         self._kept.clear()
         return applied
 
-    def __getstate__(self) -> dict[str, Any]:
-        base_state: Any = getattr(super(), "__getstate__", lambda: self.__dict__)()
-        state = dict(base_state if isinstance(base_state, dict) else self.__dict__)
+    def _cast_presented_dtypes(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Cast the dtypes that stored tensors have, if ``fn`` casts, in all modules that share the parts."""
+        for name, storage in self._forms.items():
+            first = getattr(self, f"{name}_{storage.form.parts[0]}")
+            before = first.__dict__.get("presented_dtype", storage.dtype)
+            cast = fn(torch.empty(0, dtype=before, device="cpu")).dtype
+            cast = cast if cast.is_floating_point else before
+            self._forms[name] = storage._replace(dtype=cast)
+            if cast is not before:
+                first.presented_dtype = cast
+
+    def _update_forms_from_parts(self) -> None:
+        """Update ``_forms`` after ``weight.data =`` with other rows, or a cast of a module that shares a weight."""
         for name in self._kept:
-            # Updates _forms if ``weight.data =`` has changed the number of rows
+            # Updates the rows
             self.stored_tensor(name)
         for name, storage in self._forms.items():
             first = self._parameters.get(f"{name}_{storage.form.parts[0]}")
             dtype = storage.dtype if first is None else first.__dict__.get("presented_dtype", storage.dtype)
             self._forms[name] = storage._replace(dtype=dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        base_state: Any = getattr(super(), "__getstate__", lambda: self.__dict__)()
+        state = dict(base_state if isinstance(base_state, dict) else self.__dict__)
+        self._update_forms_from_parts()
         state.update(_kept={}, _forms=dict(self._forms))
         for name in ("_flat_weights", "_flat_weight_refs"):  # of recurrent layers: weak references to the parameters
             state.pop(name, None)
@@ -301,9 +308,15 @@ class StoredModule(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
         """Reject dense weights, and parts of another dtype or shape."""
+        errors = self._state_dict_errors(state_dict, prefix)
         # error_msgs, which torch raises as one error
-        errors = rest[-1]
-        before = len(errors)
+        rest[-1].extend(errors)
+        if not errors:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def _state_dict_errors(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+        """Return why a state cannot be loaded: a text for each wrong part."""
+        errors: list[str] = []
         for name, (form, *_) in self._forms.items():
             if isinstance(state_dict.get(prefix + name), Tensor):
                 errors.append(
@@ -331,8 +344,7 @@ class StoredModule(nn.Module):
                         check_column_permutation(state_part, f"{prefix}{name}_{part}")
                     except ValueError as reason:
                         errors.append(str(reason))
-        if len(errors) == before:
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        return errors
 
     def extra_repr(self) -> str:
         """Return the dense class's description, and how the parameters are stored."""
