@@ -47,7 +47,7 @@ def row(request):
     rows = [("benchmark", "what", "ms", "of the first's", "peak MiB", "stored MiB")]
     yield lambda *cells: rows.append(cells)
     terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-    served = lowmem.kernels.gpu.triton_skip_reason(GPU) or "by triton"
+    served = lowmem.kernels.gpu.triton_skip_reason_or_none(GPU) or "by triton"
     terminal.section(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {served}")
     for line in aligned_table_lines(rows, right_aligned=(2, 3, 4, 5)):
         terminal.write_line(line)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lowmem.errors import short_repr
-from lowmem.kernels.native_loader import c_compiler_command
+from lowmem.kernels.native_loader import configured_c_compiler_command
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".tox" / "gate-cache"
@@ -118,7 +118,7 @@ def build(root: Path, sha: str, asked: str, tree: Path, cache: Path) -> Side:
 
 def kernel_key(tree: Path) -> str:
     """Return what a kernel depends on, as text: its sources, the interpreter and the compiler."""
-    command = c_compiler_command()
+    command = configured_c_compiler_command()
     if shutil.which(command[0]) is None:
         raise GateError(f"the C compiler {command[0]!r} is not installed: both sides need it")
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.latency.builds import GateError, Side
-from lowmem.kernels.native_loader import c_compiler_command
+from lowmem.kernels.native_loader import configured_c_compiler_command
 from lowmem.testing.gate_verdicts import FigureComparison, figure_verdict
 from lowmem.testing.memory_baseline import byte_count_text
 
@@ -39,7 +39,7 @@ def unavailable(marks: Path) -> str | None:
     if shutil.which("valgrind") is None:
         return "valgrind is not installed (Debian: apt-get install valgrind)"
     source = Path(__file__).with_name("marks.c")
-    command = [*c_compiler_command(), "-shared", "-fPIC", "-O1", "-o", str(marks), str(source)]
+    command = [*configured_c_compiler_command(), "-shared", "-fPIC", "-O1", "-o", str(marks), str(source)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         return f"{source.name} does not compile; valgrind's headers may be missing"
     return None

@@ -252,7 +252,7 @@ def layers_for_c_or_none(backend: CpuBackend, layers: Iterable[Any], dtype: torc
     return native_layers
 
 
-def unsupported_layer_reason(module: nn.Module, layers: Iterable[Any]) -> str | None:
+def unsupported_layer_reason_or_none(module: nn.Module, layers: Iterable[Any]) -> str | None:
     """Return which of a module's layers C does not multiply with, and why; or None."""
     names = {submodule: name for name, submodule in module.named_modules()}
     for layer in layers:

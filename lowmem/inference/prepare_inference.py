@@ -11,7 +11,12 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from lowmem.inference.norms_and_mlps import NativeGatedMLP, NativeRMSNorm, gated_mlp_layers, unsupported_layer_reason
+from lowmem.inference.norms_and_mlps import (
+    NativeGatedMLP,
+    NativeRMSNorm,
+    gated_mlp_layers,
+    unsupported_layer_reason_or_none,
+)
 from lowmem.nn.call_context import has_customized_call
 from lowmem.resident import trim_heap_unless_small
 from lowmem.training.fused import GatedMLPSpec, RMSNormSpec
@@ -91,7 +96,7 @@ def prepare_inference(model: M) -> M:
     calls: dict[nn.Module, Any] = {
         item: NativeRMSNorm(item, how)
         if isinstance(how, RMSNormSpec)
-        else unsupported_layer_reason(item, gated_mlp_layers(item, how)) or NativeGatedMLP(item, how)
+        else unsupported_layer_reason_or_none(item, gated_mlp_layers(item, how)) or NativeGatedMLP(item, how)
         for item, how in parts.items()
     }
     others = iterate_integrations_or_warn(model, "blocks stay as they are", "Norms and MLPs are prepared")

@@ -54,11 +54,11 @@ def check_outside_inputs(path: Path, inputs: Mapping[str, Path | None], argument
     """
     real_path = _real_path(path)
     for input_name, input_path in inputs.items():
-        if input_path is not None and _is_same_file(real_path, input_path):
+        if input_path is not None and _is_same_path_or_file(real_path, input_path):
             raise ValueError(
                 f"{argument_name}={quoted_path(path)} is {input_name}, which would be lost: name another place"
             )
-        if input_path is not None and any(_is_same_file(parent, input_path) for parent in real_path.parents):
+        if input_path is not None and any(_is_same_path_or_file(parent, input_path) for parent in real_path.parents):
             raise ValueError(
                 f"{argument_name}={quoted_path(path)} lies in {input_name}={quoted_path(input_path)}, which it would "
                 "change: name a place outside"
@@ -430,8 +430,8 @@ def try_fsync_file_or_folder(path: Path) -> None:
             os.close(descriptor)
 
 
-def _is_same_file(path: Path, other: Path) -> bool:
-    return path == _real_path(other) or (path.exists() and other.exists() and path.samefile(other))
+def _is_same_path_or_file(real_path: Path, other: Path) -> bool:
+    return real_path == _real_path(other) or (real_path.exists() and other.exists() and real_path.samefile(other))
 
 
 def _real_path(path: Path) -> Path:

@@ -179,7 +179,7 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
                 return rounded
             assert isinstance(weight, QuantizedTensor)
             rounding = partial(int8_rounding.round_inputs_to_int8_grid, weight_block_size=weight.block_size)
-            wide = _apply_to_batch_chunks(
+            wide = _apply_to_batch_chunks_or_none(
                 x, int8_rounding.BYTES_PER_NUMBER * x.shape[1], _ROUNDING_BYTES, torch.float32, rounding
             )
             assert wide is not None
@@ -211,7 +211,7 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
                         bias=bias,
                         rounds_inputs_to_int8=True,
                     )
-                    out = _apply_to_batch_chunks(x, nbytes, _ROUNDED_BYTES, x.dtype, multiply)
+                    out = _apply_to_batch_chunks_or_none(x, nbytes, _ROUNDED_BYTES, x.dtype, multiply)
                 if out is not None:
                     return out
         return reference.linear(x, weight, torch.int8, bias)
@@ -247,7 +247,7 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
                 return product if bias is None else product.add_(bias)
             return None
 
-        return _apply_to_batch_chunks(x, nbytes, limit, x.dtype if in_int8 else dtype, multiply_batch_chunk)
+        return _apply_to_batch_chunks_or_none(x, nbytes, limit, x.dtype if in_int8 else dtype, multiply_batch_chunk)
 
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         """Return ``grad @ W``: (batch, out) -> (batch, in)."""
@@ -549,7 +549,7 @@ def pad_memory_against_nan_leak(x: Tensor) -> Tensor:
     return functional.pad(x, (0, missing))[:, : x.shape[1]]
 
 
-def _apply_to_batch_chunks(
+def _apply_to_batch_chunks_or_none(
     x: Tensor,
     scratch_bytes_per_row: int,
     scratch_limit: int,

@@ -29,7 +29,7 @@ PROOF = "values proven in Triton's interpreter; speed not measured"
 
 
 @lru_cache(maxsize=64)
-def triton_skip_reason(device: torch.device) -> str | None:
+def triton_skip_reason_or_none(device: torch.device) -> str | None:
     """Return why Triton's kernels do not serve a device, or None.
 
     A small kernel is compiled and started: a driver, a GPU or a missing C compiler may refuse.
@@ -54,7 +54,7 @@ def cuda_backend_description() -> str:
     """Return what serves CUDA's tensors, and why, as one line of text."""
     if not torch.cuda.is_available():
         return f"none: torch finds no GPU (triton's kernels: {PROOF})"
-    reason = triton_skip_reason(torch.device("cuda", torch.cuda.current_device()))
+    reason = triton_skip_reason_or_none(torch.device("cuda", torch.cuda.current_device()))
     return f"triton: {PROOF}" if reason is None else f"reference: {reason}"
 
 
@@ -93,7 +93,7 @@ class GpuBackend:
         if not isinstance(weight, QuantizedTensor) or not _can_use_triton(weight, dtype, *others):
             return None
         if (
-            _unmet_small_batch_requirement(weight, len(x), dtype)
+            _unmet_small_batch_requirement_or_none(weight, len(x), dtype)
             or x.shape[1:] != weight.shape[1:]
             or not x.is_floating_point()
         ):
@@ -138,12 +138,14 @@ class GpuBackend:
         """Return what computes each product of an input of ``rows`` rows, and why not Triton's kernels."""
         device = (weight.packed if isinstance(weight, QuantizedTensor) else weight).device
         refused = (
-            triton_skip_reason(device) if isinstance(weight, QuantizedTensor) else "it takes 4- and 8-bit weights"
+            triton_skip_reason_or_none(device)
+            if isinstance(weight, QuantizedTensor)
+            else "it takes 4- and 8-bit weights"
         )
         if refused is not None or not isinstance(weight, QuantizedTensor):
             return f"{reference.explain(weight, rows, dtype)}\n  not triton: {refused}"
         rest = f"triton dequantizes rows in chunks and torch multiplies; {PROOF}"
-        if why := _unmet_small_batch_requirement(weight, rows, dtype):
+        if why := _unmet_small_batch_requirement_or_none(weight, rows, dtype):
             return f"linear, input_grad: {rest}\n  not few of triton, which takes {why}"
         return f"linear: few of triton, which takes {_FEW_ROWS}; {PROOF}\ninput_grad: {rest}"
 
@@ -151,7 +153,7 @@ class GpuBackend:
 _FEW_ROWS = "1 to 8 rows"
 
 
-def _unmet_small_batch_requirement(weight: QuantizedTensor, rows: int, dtype: torch.dtype) -> str | None:
+def _unmet_small_batch_requirement_or_none(weight: QuantizedTensor, rows: int, dtype: torch.dtype) -> str | None:
     """Return what the kernel of a few inputs takes in place of these, or None."""
     if not 1 <= rows <= 8:
         return _FEW_ROWS
@@ -191,7 +193,7 @@ def _can_use_triton(weight: QuantizedTensor, dtype: torch.dtype, *extra_tensors:
         for tensor in tensors
     ):
         return False
-    return triton_skip_reason(device) is None
+    return triton_skip_reason_or_none(device) is None
 
 
 def _import_triton_launch() -> ModuleType:

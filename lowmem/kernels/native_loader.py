@@ -61,14 +61,14 @@ def missing_kernel_warning_or_none(import_error: object, platform: str) -> str |
     if not SOURCES.is_dir():
         remedy = f"install a C compiler, and then: {reinstall_command()}; or set LOWMEM_KERNEL=reference"
         return f"lowmem is installed without its compiled kernel ({import_error}): {slow}; {remedy}"
-    if shutil.which(c_compiler_command()[0]) is None:
+    if shutil.which(configured_c_compiler_command()[0]) is None:
         return None
     return (
         f"lowmem runs from its source tree, which has no compiled kernel: {slow}; compile it with: pip install -e ."
     )
 
 
-def c_compiler_command() -> list[str]:
+def configured_c_compiler_command() -> list[str]:
     """Return the command of the C compiler that an installation from source runs."""
     return shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
 

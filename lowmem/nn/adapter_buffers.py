@@ -83,7 +83,7 @@ def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def buffered_modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+def modules_with_persistent_buffers_by_path(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules, by path, whose buffers each adapter has a copy of."""
     modules: dict[str, nn.Module] = {}
     banks = [path for path, child in model.named_modules() if isinstance(child, AdapterBank | AdapterBuffers)]
@@ -104,7 +104,7 @@ def sync_buffers_with_adapters(model: nn.Module) -> None:
     in_use = {name for bank in banks for name in bank.active_or_merged_names}
     current = next((name for name in reversed(names) if name in in_use), None)
     copies: dict[int, Tensor] = {}  # of a buffer that modules share one
-    for module in buffered_modules_by_path(model).values():
+    for module in modules_with_persistent_buffers_by_path(model).values():
         bank = _inactive_buffers_child_or_none(module)
         if bank is None:
             bank = AdapterBuffers()
@@ -149,7 +149,7 @@ def _copy_initialized_buffers_once(module: nn.Module, arguments: object) -> None
 
 def discard_inactive_buffers(model: nn.Module) -> None:
     """Make the buffers that modules compute with those of the base, without adapters."""
-    for module in buffered_modules_by_path(model).values():
+    for module in modules_with_persistent_buffers_by_path(model).values():
         _delete_inactive_buffers_child(module)
 
 
@@ -157,7 +157,7 @@ def current_buffers_by_name(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers that modules compute with, by name."""
     return {
         f"{path}.{key}".lstrip("."): buffer
-        for path, module in buffered_modules_by_path(model).items()
+        for path, module in modules_with_persistent_buffers_by_path(model).items()
         for key, buffer in initialized_persistent_buffers(module).items()
     }
 
@@ -165,7 +165,7 @@ def current_buffers_by_name(model: nn.Module) -> dict[str, Tensor]:
 def buffers_of_adapter_or_base(model: nn.Module, adapter_name: str | None) -> dict[str, Tensor]:
     """Return the buffers of an adapter, or for None those of the base, by their names in the base."""
     named_buffers: dict[str, Tensor] = {}
-    for path, module in buffered_modules_by_path(model).items():
+    for path, module in modules_with_persistent_buffers_by_path(model).items():
         bank, buffers = _inactive_buffers_child_or_none(module), initialized_persistent_buffers(module)
         if bank is not None and bank.current != adapter_name:
             buffers = bank.inactive_buffers_by_adapter()[adapter_name]

@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from lowmem.kernels import Weight, fast_matmul_dtype
 
 
-def is_onnx_export_refusing_quantized(weight: Weight) -> TypeGuard[Tensor]:
+def is_onnx_export_or_raise_if_quantized(weight: Weight) -> TypeGuard[Tensor]:
     """Whether torch's TorchScript-based ONNX exporter is tracing this call; ``weight`` is then a 16-bit tensor."""
     if not torch.onnx.is_in_onnx_export():
         return False

@@ -15,7 +15,7 @@ from lowmem.kernels.frozen_weight_operator import QuantizedOperands
 from lowmem.nn.call_context import (
     can_bypass_autograd,
     check_not_nested,
-    is_onnx_export_refusing_quantized,
+    is_onnx_export_or_raise_if_quantized,
     record_as_fx_leaf,
 )
 from lowmem.nn.module_copy import LAYERS, stored_parameter_property
@@ -100,7 +100,7 @@ class QuantizedEmbedding(QuantizedModule, _StoredEmbedding):
             embedding(indices, table.scales),
         )  # (..., bytes), (..., blocks)
         if recorded:
-            is_onnx_export_refusing_quantized(table)
+            is_onnx_export_or_raise_if_quantized(table)
             packed, scales = (t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (packed, scales))
             gathered_parts = QuantizedOperands(packed, scales, table.description)  # type: ignore[attr-defined]
             values = ops.dequantize_by_operator(gathered_parts, self.dtype)

@@ -28,7 +28,7 @@ from lowmem.nn.call_context import (
     can_bypass_autograd,
     check_not_nested,
     is_jit_tracing,
-    is_onnx_export_refusing_quantized,
+    is_onnx_export_or_raise_if_quantized,
 )
 from lowmem.quant.backend import fast_matmul_dtype
 from lowmem.quant.tensor import QuantizedTensor, row_slices_within_scratch
@@ -118,7 +118,7 @@ def frozen_conv(
         batch = functional.pad(batch, geometry.around, geometry.mode)
     if not tracing and min(geometry.output_size(batch.shape[2:])) < 1:
         raise RuntimeError(f"input.shape={tuple(x.shape)} is smaller than the kernel {geometry.kernel}")
-    if tracing and is_onnx_export_refusing_quantized(weight):
+    if tracing and is_onnx_export_or_raise_if_quantized(weight):
         added = None if bias is None else bias.to(dtype)
         kernel = _dequantized_kernel(weight, slice(None), geometry, dtype)
         wide: Tensor = _CONVOLUTIONS[dims](

@@ -11,7 +11,7 @@ from lowmem.nn.call_context import (
     can_bypass_autograd,
     check_not_nested,
     is_jit_tracing,
-    is_onnx_export_refusing_quantized,
+    is_onnx_export_or_raise_if_quantized,
 )
 from lowmem.quant.backend import backend_of
 
@@ -46,7 +46,7 @@ def _jit_traceable_frozen_linear(
     x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None
 ) -> Tensor:
     """Compute ``frozen_linear`` without branches on sizes: torch.jit.trace records only one side of a branch."""
-    if is_onnx_export_refusing_quantized(weight):
+    if is_onnx_export_or_raise_if_quantized(weight):
         return nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(
             x.dtype
         )

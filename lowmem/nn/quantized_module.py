@@ -69,7 +69,7 @@ class QuantizedModule(StoredModule):
             cached = cached_quantized_weight_or_none(self)
             if cached is not None:
                 return cached
-            self._quantized_weight_form  # noqa: B018 - raises an AttributeError where there is no such weight
+            self._weight_coded_form  # noqa: B018 - raises an AttributeError where there is no such weight
             return self.stored_weight("weight")  # type: ignore[return-value]
         return self._recordable_operands()  # type: ignore[return-value]
 
@@ -93,7 +93,7 @@ class QuantizedModule(StoredModule):
         return self.quantized.scales
 
     @property
-    def _quantized_weight_form(self) -> CodedForm:
+    def _weight_coded_form(self) -> CodedForm:
         form = self._forms["weight"].form if "weight" in self._forms else None
         if not isinstance(form, CodedForm):
             raise AttributeError(f"{type(self).__name__} has no weight in 4 or 8 bits")
@@ -166,11 +166,11 @@ def state_dict_keys_of_formats(model: nn.Module) -> set[str]:
 
 def _set_weight_compute_dtype(module: QuantizedModule, dtype: torch.dtype | None) -> None:
     storage = module._forms["weight"]
-    module._forms["weight"] = storage._replace(form=replace(module._quantized_weight_form, compute_dtype=dtype))
+    module._forms["weight"] = storage._replace(form=replace(module._weight_coded_form, compute_dtype=dtype))
     module._kept.pop("weight", None)
 
 
-weight_compute_dtype = property(lambda module: module._quantized_weight_form.compute_dtype, _set_weight_compute_dtype)
+weight_compute_dtype = property(lambda module: module._weight_coded_form.compute_dtype, _set_weight_compute_dtype)
 """The ``compute_dtype`` of the weight's form."""
 
 BASES[4] = BASES[8] = QuantizedModule

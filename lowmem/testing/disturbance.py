@@ -51,7 +51,7 @@ def thread_wait_seconds_or_none(pid: int | str = "self") -> float | None:
     return SWITCH * resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
-def busy_stolen_seconds_and_core_count() -> tuple[float, float, int] | None:
+def busy_stolen_seconds_and_cores_or_none() -> tuple[float, float, int] | None:
     """Return for how long the cores that this process may use have worked, how much of that a hypervisor took, and
     their number; None where nothing counts it."""
     stat = Path("/proc/stat")
@@ -87,7 +87,7 @@ class Watch:
     def __init__(
         self,
         waited: Callable[[], float | None] = thread_wait_seconds_or_none,
-        cores: Callable[[], tuple[float, float, int] | None] = busy_stolen_seconds_and_core_count,
+        cores: Callable[[], tuple[float, float, int] | None] = busy_stolen_seconds_and_cores_or_none,
         own: Callable[[], float] = time.process_time,
         timer: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], object] = time.sleep,

@@ -20,7 +20,11 @@ from lowmem.bignet import BigNet
 from lowmem.errors import error_type_and_first_line, exception_text
 from lowmem.io.filesystem import has_magic_bytes
 from lowmem.io.formats.gguf.gguf_file import MAGIC
-from lowmem.tools.output import is_output_pipe_closed, preserved_stdout_and_stderr, warnings_printed_as_notes
+from lowmem.tools.output import (
+    is_stdout_or_stderr_pipe_closed,
+    preserved_stdout_and_stderr,
+    warnings_printed_as_notes,
+)
 from lowmem.transforms.memory_plan import Plan
 from lowmem.transforms.module_registry import Technique
 from lowmem.variants import VARIANTS, build, variant_techniques
@@ -43,7 +47,7 @@ def build_or_load_named_model(model_name: str, *, seed: int = 0, rank: int | Non
         raise
     except BaseException as reason:
         # A failed allocation, or any error in methods that a user's module overrides
-        if isinstance(reason, BrokenPipeError) and is_output_pipe_closed():
+        if isinstance(reason, BrokenPipeError) and is_stdout_or_stderr_pipe_closed():
             raise
         raise ValueError(
             f"model={model_name!r}, rank={rank} cannot be built: {error_type_and_first_line(reason)}"
@@ -98,7 +102,7 @@ def _variant_and_factory(model_name: str) -> tuple[str, Callable[[], nn.Module]]
 
 def import_model_factory(import_path: str) -> Callable[[], nn.Module]:
     """Return the factory called ``module:factory``; it is imported from the working directory, too."""
-    factory = _import_callable(import_path, "model")
+    factory = _import_callable_from_path_or_cwd(import_path, "model")
 
     def make_checked_model() -> nn.Module:
         with exceptions_as_value_error(f"model={import_path!r}: calling it failed"):
@@ -114,7 +118,7 @@ def import_and_call_batch_function(import_path: str) -> Any:
     """Return the example batch that the callable ``module:function`` returns."""
     if ":" not in import_path:
         raise ValueError(f"inputs={import_path!r} must be module:function, as my_models:batch")
-    function = _import_callable(import_path, "inputs")
+    function = _import_callable_from_path_or_cwd(import_path, "inputs")
     with exceptions_as_value_error(f"inputs={import_path!r}: calling it failed"):
         batch = function()
     if not isinstance(batch, Tensor | tuple | list | Mapping):
@@ -126,7 +130,7 @@ def import_and_call_batch_function(import_path: str) -> Any:
     return batch
 
 
-def _import_callable(import_path: str, option: str) -> Callable[[], Any]:
+def _import_callable_from_path_or_cwd(import_path: str, option: str) -> Callable[[], Any]:
     what = "a model" if option == "model" else "a batch"
     module_name, _, attribute = import_path.partition(":")
     # The working directory may have been removed
@@ -160,7 +164,7 @@ def exceptions_as_value_error(
         with preserved_stdout_and_stderr():
             yield
     except BaseException as reason:
-        is_printing = isinstance(reason, BrokenPipeError) and is_output_pipe_closed()
+        is_printing = isinstance(reason, BrokenPipeError) and is_stdout_or_stderr_pipe_closed()
         if isinstance(reason, KeyboardInterrupt) or is_printing:
             raise
         raise ValueError(f"{message}: {error_type_and_first_line(reason)}{remedy(reason)}") from reason

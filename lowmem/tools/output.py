@@ -99,7 +99,7 @@ def stdout_reserved_for_json(enabled: bool, owns_process: bool) -> Iterator[None
                 results.close()
 
 
-def is_output_pipe_closed() -> bool:
+def is_stdout_or_stderr_pipe_closed() -> bool:
     """Whether stdout or stderr of the process is a pipe whose reader has closed it."""
     # Windows
     if not hasattr(select, "poll"):

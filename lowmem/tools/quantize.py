@@ -302,10 +302,10 @@ def _calibrate_and_quantize_folder(
     if text is not None and not text.is_file():
         raise ValueError(f"--calibrate={escaped_and_truncated(str(text))!r} is no file: name a text, or self")
 
-    from lowmem.integrations.transformers.folder_calibration import calibrate_folder
+    from lowmem.integrations.transformers.folder_calibration import load_calibrate_and_write_folder
 
     with progress_display("calibrate", MofNCompleteColumn, TimeRemainingColumn) as update:
-        return calibrate_folder(
+        return load_calibrate_and_write_folder(
             arguments.source,
             arguments.target,
             technique,

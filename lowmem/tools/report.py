@@ -162,7 +162,7 @@ def measure_variants(
 
     is_user_model = model_name != BIGNET
     dense = build_or_load_named_model(model_name, seed=seed)
-    expected = quantization_errors.flat_float64_vector(_run_and_list_output_tensors(model_name, dense, x))
+    expected = quantization_errors.flat_float64_vector(_set_eval_and_list_output_tensors(model_name, dense, x))
     footprints, timings = [], []
     losses, stored, meanings = {}, {}, {}
     left_out: dict[str, str] = {}
@@ -189,7 +189,7 @@ def measure_variants(
                     )
                 losses[label] = difference(
                     expected,
-                    quantization_errors.flat_float64_vector(_run_and_list_output_tensors(model_name, model, x)),
+                    quantization_errors.flat_float64_vector(_set_eval_and_list_output_tensors(model_name, model, x)),
                 ).relative
                 if by_layer_group:
                     stored[label] = VariantBytesAndErrors.from_model(model)
@@ -213,7 +213,7 @@ def measure_variants(
         with progress_display("quality against bits") as update:
             qualities = quantization_errors.measure_bits_and_output_errors(
                 lambda: build_or_load_named_model(model_name, seed=seed),
-                lambda model: _run_and_list_output_tensors(model_name, model, x),
+                lambda model: _set_eval_and_list_output_tensors(model_name, model, x),
                 lambda: update(advance=1),
             )
     return ReportPageData(
@@ -273,7 +273,7 @@ def _has_training_step(model_name: str, model: nn.Module, x: Tensor) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in outputs)
 
 
-def _run_and_list_output_tensors(model_name: str, model: nn.Module, x: Tensor) -> list[Tensor]:
+def _set_eval_and_list_output_tensors(model_name: str, model: nn.Module, x: Tensor) -> list[Tensor]:
     """Return the tensors in a model's output, of any structure."""
 
     def output_tensors() -> list[Tensor]:

@@ -112,7 +112,7 @@ def _probe_rms_norm_spec_or_reason(
 
 
 def _error_by_matching_norm_spec(
-    module: nn.Module,
+    module_copy: nn.Module,
     candidates: list[RMSNormSpec],
     dtypes: tuple[torch.dtype, torch.dtype],
     batch_shape: tuple[int, ...],
@@ -126,13 +126,13 @@ def _error_by_matching_norm_spec(
     """
     if not candidates:
         return {}
-    name, eps = candidates[0].weight, getattr(module, candidates[0].eps)
-    columns = cast(Tensor, module._parameters[name]).shape[0]
+    name, eps = candidates[0].weight, getattr(module_copy, candidates[0].eps)
+    columns = cast(Tensor, module_copy._parameters[name]).shape[0]
     values = (weight_scale * _random_normal(columns)).to(dtypes[1])
     weight = nn.Parameter(values)
-    module.__dict__["_parameters"] = {name: weight}
+    module_copy.__dict__["_parameters"] = {name: weight}
     x = _random_rows_of_mixed_scale(batch_shape, columns).to(dtypes[0]).requires_grad_()
-    computed = _run_forward_backward_or_none(module, [x, weight], compare_gradients)
+    computed = _run_forward_backward_or_none(module_copy, [x, weight], compare_gradients)
     if computed is None:
         return {}
     grad, *expected = computed

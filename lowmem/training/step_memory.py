@@ -304,14 +304,14 @@ class CategorizedPeakMemory(measure.PeakMemory):
                 f"training_memory watches calls by sys.setprofile, which {type(other).__name__} uses: end that first"
             )
         self._call = nn.Module.__call__.__code__
-        sys.setprofile(self._profile_module_call)
+        sys.setprofile(self._track_frame_and_mark_survivors)
         try:
             yield
         finally:
             self._call = None
             sys.setprofile(None)
 
-    def _profile_module_call(self, frame: FrameType, event: str, _: Any) -> None:
+    def _track_frame_and_mark_survivors(self, frame: FrameType, event: str, _: Any) -> None:
         # In a thread of autograd, after the measurement
         if self._call is None:
             sys.setprofile(None)
@@ -328,7 +328,7 @@ class CategorizedPeakMemory(measure.PeakMemory):
         if block is None:
             # A thread of autograd, which computes again
             if self._call is not None and sys.getprofile() is None:
-                sys.setprofile(self._profile_module_call)
+                sys.setprofile(self._track_frame_and_mark_survivors)
             kind, made, _ = self._frames[-1] if self._frames else ("", [], None)
             block = self._blocks[address] = _StorageOrigin(kind)
             made.append((address, block))

@@ -48,7 +48,7 @@ def adapter_techniques_by_layer(
     """
     layers, paths = list(layers), all_paths_by_module(model)
     left = {**router_reason_by_module(model), **output_layer_reason_by_module(model)} if where is None else {}
-    tied = _tied_embeddings_by_embedding(paths)
+    tied = _same_weight_embeddings_by_embedding(paths)
     known = {
         layer: {
             name: [*layer_paths, *(f"{path}.{name}".lstrip(".") for path in layer_paths)]
@@ -113,7 +113,7 @@ def _check_where_keeps_lora_defaults(
     )
 
 
-def _tied_embeddings_by_embedding(modules: Iterable[nn.Module]) -> dict[nn.Module, list[nn.Module]]:
+def _same_weight_embeddings_by_embedding(modules: Iterable[nn.Module]) -> dict[nn.Module, list[nn.Module]]:
     """Return the embeddings that share a weight with others of their kind, each with all of them in their order."""
     groups: dict[frozenset[int], list[nn.Module]] = {}
     for module in modules:

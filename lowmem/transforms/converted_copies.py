@@ -37,7 +37,7 @@ def cached_store_factory(on_meta: bool = False) -> StoreFactory:
     """
     known: dict[Any, tuple[Tensor, Any]] = {}
 
-    def store_for_technique(technique: Any) -> Callable[[Tensor, str], Any]:
+    def make_caching_store(technique: Any) -> Callable[[Tensor, str], Any]:
         make = technique.skeleton if on_meta else technique.store
         how = replace(technique, compute_dtype=None) if isinstance(technique, FourBit | EightBit) else technique
 
@@ -50,14 +50,14 @@ def cached_store_factory(on_meta: bool = False) -> StoreFactory:
 
         return store_once
 
-    return store_for_technique
+    return make_caching_store
 
 
 def converted_copy(
     module: nn.Module,
     techniques: tuple[LayerTechnique, ...],
     path: str,
-    unused_reasons: dict[type[Technique], str | None],
+    unused_reasons_to_update: dict[type[Technique], str | None],
     store_factory: StoreFactory,
     parameter_names: Iterable[str] | None = None,
 ) -> nn.Module:
@@ -65,8 +65,7 @@ def converted_copy(
 
     Args:
         module: dense, or with stored parameters if the techniques are adapters.
-        unused_reasons: for each kind of technique, why it has converted no module so far; None once it has. It is
-            updated.
+        unused_reasons_to_update: for each kind of technique, why it has converted no module so far; None once it has.
         parameter_names: the parameters to store; None: ``storable_parameter_names(module)``.
     """
     layer: Any = module
@@ -75,13 +74,13 @@ def converted_copy(
         kind: Any = LoRA if adapts else type(technique)
         if (kind is LoRA and not adapts) or (not adapts and layer is not module):
             why = conversion_skip_reason(LoRA, layer) if kind is LoRA else None
-            unused_reasons.setdefault(
+            unused_reasons_to_update.setdefault(
                 kind,
                 f"{layer_display_name(path)}: {kind.__name__} cannot follow the techniques before it, which made "
                 f"a {type(layer).__name__}; it takes {supported_module_kinds_text(kind)}{f'. {why}' if why else ''}",
             )
             continue
-        unused_reasons[kind] = None
+        unused_reasons_to_update[kind] = None
         if isinstance(technique, dict):
             layer = copy_with_first_adapter(layer, technique, path, {} if layer is module else module._parameters)
         elif not isinstance(technique, LoRA):
@@ -130,7 +129,7 @@ def copy_with_stored_parameters(
     place = [path]
     squares: list[Squares] = []  # of each weight
 
-    def store_and_measure_error(tensor: Tensor, name: str) -> Any:
+    def store_and_append_squares(tensor: Tensor, name: str) -> Any:
         place[:] = [path if name in ("weight", "bias") else f"{path}.{name}".lstrip(".")]
         stored = store(tensor, name)
         values = stored.packed if isinstance(stored, QuantizedTensor) else stored
@@ -154,10 +153,10 @@ def copy_with_stored_parameters(
             if name in transposed_names:
                 if parameter.dim() != lead + 1 or parameter.dim() < 2:
                     raise ValueError(f"{name} of shape {tuple(parameter.shape)} cannot be stored transposed")
-                weights[name] = store_and_measure_error(parameter.mT, name)
+                weights[name] = store_and_append_squares(parameter.mT, name)
                 continue
             inside = isinstance(technique, BlockwiseTechnique) and parameter.dim() > lead + 1
-            weights[name] = store_and_measure_error(parameter.flatten(lead) if inside else parameter, name)
+            weights[name] = store_and_append_squares(parameter.flatten(lead) if inside else parameter, name)
         dtype = technique.compute_dtype if isinstance(technique, BlockwiseTechnique) else None
         made = stored_shallow_copy(module, weights, transposed=transposed_names, compute_dtype=dtype)
     except (TypeError, ValueError) as reason:

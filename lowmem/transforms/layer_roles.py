@@ -78,7 +78,7 @@ def float32_name_patterns(model: nn.Module, load_dtype: torch.dtype | None) -> l
     return [pattern for name in names for pattern in getattr(model, name, None) or ()]
 
 
-def modules_and_names_kept_in_float32(
+def module_name_pairs_kept_in_float32(
     model: nn.Module, load_dtype: torch.dtype | None
 ) -> list[tuple[nn.Module, str]]:
     """Return modules and names of parameters that match ``float32_name_patterns`` of the model or a part of it."""

@@ -21,7 +21,7 @@ from lowmem.transforms.bit_budget import (
 )
 from lowmem.transforms.calibration.sensitivity import measure_importance_by_weight
 from lowmem.transforms.converted_copies import copy_with_stored_parameters
-from lowmem.transforms.layer_roles import embedding_or_output_reason_by_module, modules_and_names_kept_in_float32
+from lowmem.transforms.layer_roles import embedding_or_output_reason_by_module, module_name_pairs_kept_in_float32
 from lowmem.transforms.module_registry import (
     LayerTechnique,
     ModuleFilter,
@@ -49,7 +49,7 @@ def techniques_by_layer(
     if isinstance(first, FourBit):
         wider = (embedding_and_output_technique(first), *rest)
         chosen |= {layer: wider for layer in embedding_or_output_reason_by_module(model) if layer in chosen}
-    for layer, _ in modules_and_names_kept_in_float32(model, getattr(first, "compute_dtype", None)):
+    for layer, _ in module_name_pairs_kept_in_float32(model, getattr(first, "compute_dtype", None)):
         if layer in chosen:
             first_technique: Any = chosen[layer][0]
             chosen[layer] = (replace(first_technique, compute_dtype=None), *rest)
@@ -74,12 +74,12 @@ def techniques_and_budget_by_layer(
     chosen = techniques_by_layer(model, techniques, selection, where)
     first, got = techniques[0], dict[nn.Module, BudgetChoice]()
     if isinstance(first, Budget):
-        got = budget_choices_by_module(model, first, selection, choice_losses)
+        got = measure_and_divide_budget_by_module(model, first, selection, choice_losses)
         chosen = {module: (got[module].technique, *steps[1:]) for module, steps in chosen.items()}
     return chosen, got
 
 
-def budget_choices_by_module(
+def measure_and_divide_budget_by_module(
     model: nn.Module,
     budget: Budget,
     selection: Mapping[nn.Module, tuple[str, list[str]]],
@@ -135,7 +135,7 @@ def budget_choices_by_module(
         for group, unit in zip(groups, units, strict=True)
         for module in group
     }
-    for module, _ in modules_and_names_kept_in_float32(model, budget.compute_dtype):
+    for module, _ in module_name_pairs_kept_in_float32(model, budget.compute_dtype):
         if module in of_modules:
             got = of_modules[module]
             of_modules[module] = replace(got, technique=replace(got.technique, compute_dtype=None))

@@ -25,7 +25,7 @@ WITH_OFFSETS = FourBit("int4", 16, offsets=True)
 @pytest.fixture(autouse=True)
 def asked_again():
     """Let every test ask for itself whether Triton serves."""
-    ask = gpu.triton_skip_reason
+    ask = gpu.triton_skip_reason_or_none
     ask.cache_clear()
     yield
     ask.cache_clear()
@@ -41,7 +41,7 @@ def started(monkeypatch):
 
     launched = {"small_batch_product_launch": "few", "dequantize_launch": "dequantize", "quantize_launch": "quantize"}
     launches = SimpleNamespace(**{function: launch(name) for function, name in launched.items()})
-    monkeypatch.setattr(gpu, "triton_skip_reason", lambda device: None)
+    monkeypatch.setattr(gpu, "triton_skip_reason_or_none", lambda device: None)
     monkeypatch.setattr(gpu, "_import_triton_launch", lambda: launches)
     return names
 
@@ -72,8 +72,8 @@ def test_it_serves_cuda_and_imports_triton_when_a_tensor_asks():
 def test_why_triton_does_not_serve_is_said(version, says, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", version and SimpleNamespace(__version__=version))
     monkeypatch.setattr(gpu, "_import_triton_launch", lambda: SimpleNamespace(dequantize_launch=lambda *_: refuse))
-    gpu.triton_skip_reason.cache_clear()
-    assert gpu.triton_skip_reason(CPU) == says
+    gpu.triton_skip_reason_or_none.cache_clear()
+    assert gpu.triton_skip_reason_or_none(CPU) == says
     q, x = quantize(torch.randn(6, 40), "nf4", block_size=16), torch.randn(3, 40)
     backend = gpu.GpuBackend()
     assert backend.explain(q, 3, torch.float32) == f"{reference.explain(q, 3, torch.float32)}\n  not triton: {says}"
@@ -86,7 +86,7 @@ def test_a_version_that_runs_serves(monkeypatch):
     monkeypatch.setattr(
         gpu, "_import_triton_launch", lambda: SimpleNamespace(dequantize_launch=lambda *_: lambda: None)
     )
-    assert gpu.triton_skip_reason(CPU) is None
+    assert gpu.triton_skip_reason_or_none(CPU) is None
 
 
 def test_what_serves_is_described(started, monkeypatch):
@@ -97,7 +97,7 @@ def test_what_serves_is_described(started, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert gpu.cuda_backend_description() == "triton: values proven in Triton's interpreter; speed not measured"
-    monkeypatch.setattr(gpu, "triton_skip_reason", lambda device: f"no {device}")
+    monkeypatch.setattr(gpu, "triton_skip_reason_or_none", lambda device: f"no {device}")
     assert gpu.cuda_backend_description() == "reference: no cuda:0"
 
 

@@ -82,7 +82,8 @@ def test_there_is_no_warning_where_nothing_can_be_compiled(source_tree, monkeypa
 
 
 @pytest.mark.skipif(
-    sys.platform == "win32" or not shutil.which(native_loader.c_compiler_command()[0]), reason="no C compiler"
+    sys.platform == "win32" or not shutil.which(native_loader.configured_c_compiler_command()[0]),
+    reason="no C compiler",
 )
 def test_each_header_compiles_by_itself():
     """All of them in one call, each as a file of its own."""
@@ -92,7 +93,7 @@ def test_each_header_compiles_by_itself():
     headers = sorted(native_loader.SOURCES.glob("*.h"))
     assert headers
     command = [
-        *native_loader.c_compiler_command(),
+        *native_loader.configured_c_compiler_command(),
         "-std=gnu11",
         "-w",
         "-fsyntax-only",

@@ -19,7 +19,7 @@ from lowmem.inference.norms_and_mlps import (
     NATIVE_LAYER_CLASSES,
     NativeRMSNorm,
     gated_mlp_layers,
-    unsupported_layer_reason,
+    unsupported_layer_reason_or_none,
 )
 from lowmem.inference.transformer_block import AttentionProjection, BlockSpec, NativeBlock
 from lowmem.integrations.transformers.attention_interface import (
@@ -254,7 +254,7 @@ class _BlockRecognitionTrial:
 
 def _unsupported_block_reason_or_none(block: nn.Module, form: BlockSpec) -> str | None:
     """Return why C does not compute a block of a form; or None."""
-    if (reason := unsupported_layer_reason(block, form.all_layers)) is not None:
+    if (reason := unsupported_layer_reason_or_none(block, form.all_layers)) is not None:
         return reason
     owners = *form.all_layers, *(norm.module for norm in form.all_norms)
     known = {id(value) for owner in owners for value in (*owner.parameters(), *owner.buffers())}
@@ -312,21 +312,24 @@ def _block_spec_or_reason(
     if isinstance(read := _attention_spec_fields_or_reason(attention, calls, norms), str):
         return read
 
-    def adjacent_norm_and_tensor(x: Tensor, side: str, opposite_side: str) -> tuple[NativeRMSNorm | None, Tensor]:
+    def norm_with_x_and_other_tensor(
+        x: Tensor, norm_side_of_x: str, other_norm_side: str
+    ) -> tuple[NativeRMSNorm | None, Tensor]:
         """Return the norm whose input or output (``side``) is x, if there is one, and the other of them; or x."""
         return next(
-            ((norm, getattr(call, opposite_side)) for norm, call in norms if getattr(call, side) is x), (None, x)
+            ((norm, getattr(call, other_norm_side)) for norm, call in norms if getattr(call, norm_side_of_x) is x),
+            (None, x),
         )
 
     ((mlp, gated),) = mlps
     heads = (
-        adjacent_norm_and_tensor(calls[read["projections"][0].layer].x, "out", "x"),
-        adjacent_norm_and_tensor(calls[read["out"]].out, "x", "out"),
+        norm_with_x_and_other_tensor(calls[read["projections"][0].layer].x, "out", "x"),
+        norm_with_x_and_other_tensor(calls[read["out"]].out, "x", "out"),
     )
     ends = (
         *heads,
-        adjacent_norm_and_tensor(calls[mlp].x, "out", "x"),
-        adjacent_norm_and_tensor(calls[mlp].out, "x", "out"),
+        norm_with_x_and_other_tensor(calls[mlp].x, "out", "x"),
+        norm_with_x_and_other_tensor(calls[mlp].out, "x", "out"),
     )
     form = BlockSpec(attention, mlp, gated, tuple(norm for norm, _ in ends), **read)
     if not all(norm.has_c_readable_weight(block_call.x.dtype) for norm in form.all_norms):

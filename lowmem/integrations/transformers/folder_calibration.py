@@ -33,7 +33,7 @@ _PARAGRAPHS = 64  # that are read, for models that see the whole of a text at on
 _BATCH = 8
 
 
-def calibrate_folder(
+def load_calibrate_and_write_folder(
     source: Path,
     target: Path,
     technique: FourBit | Budget,

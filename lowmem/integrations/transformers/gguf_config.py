@@ -175,7 +175,7 @@ def _first_difference_text_or_none(
     for key in sorted(fields.keys() | scaling):
         name, config_value = key.removeprefix(f"{arch}."), fields.get(key)
         gguf_value = known.get(key, config_value if name in _OF_SHAPES else None)
-        if name.startswith(_COMPUTED) and not _is_equal_or_close(gguf_value, config_value):
+        if name.startswith(_COMPUTED) and not _is_equal_or_close_float(gguf_value, config_value):
             return f"{key}={short_repr(gguf_value)} in it, and config says {short_repr(config_value)}"
     for name, tensor in _BIASES.items():
         has = tensor in header.tensors
@@ -211,7 +211,7 @@ def _are_factors_close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=_CLOSE, atol=0)
 
 
-def _is_equal_or_close(a: Any, b: Any) -> bool:
+def _is_equal_or_close_float(a: Any, b: Any) -> bool:
     return math.isclose(a, b, rel_tol=_CLOSE) if isinstance(a, float) and isinstance(b, float) else a == b
 
 

@@ -58,7 +58,7 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
 from lowmem.resident import drop_mapped_file_pages, trim_heap_unless_small
-from lowmem.transforms.layer_roles import modules_and_names_kept_in_float32
+from lowmem.transforms.layer_roles import module_name_pairs_kept_in_float32
 from lowmem.transforms.model_checks import is_peft_module
 from lowmem.transforms.module_replacement import freeze_all_but_adapters
 from lowmem.transforms.peft_models import check_no_stored_peft_targets
@@ -201,7 +201,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
     def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         """Prepare a model on the meta device, with the parameters in float32 that dense models have in float32."""
         float32_ids = set()
-        for module, name in modules_and_names_kept_in_float32(model, dtype):
+        for module, name in module_name_pairs_kept_in_float32(model, dtype):
             parameter = module._parameters[name]
             if parameter is not None:
                 parameter.data = parameter.data.float()
@@ -354,7 +354,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         return super().dequantize(model, model.dtype if dtype is None else parse_floating_dtype(dtype))
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        wide = {module for module, _ in modules_and_names_kept_in_float32(model, dtype)}
+        wide = {module for module, _ in module_name_pairs_kept_in_float32(model, dtype)}
         if any(isinstance(module, StoredModule) for module in wide):
             restore(model, where=lambda path, module: module in wide, dtype=torch.float32)
         return restore(model, where=lambda path, module: module not in wide, dtype=dtype)

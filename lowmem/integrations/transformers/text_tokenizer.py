@@ -197,7 +197,7 @@ def gguf_tokenizer(file: Path) -> Any:
     content = json.loads(made.backend_tokenizer.to_str())
     kind, name = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if kind == "llama":
-        backend = _sentencepiece_tokenizer(
+        backend = _sentencepiece_backend_tokenizer(
             content, metadata.get("tokenizer.ggml.add_space_prefix", True) is not False
         )
     elif kind == "gpt2":
@@ -220,7 +220,7 @@ def gguf_tokenizer(file: Path) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=made.chat_template, **special)
 
 
-def _sentencepiece_tokenizer(tokenizer_json: dict[str, Any], add_prefix_space: bool) -> Tokenizer:
+def _sentencepiece_backend_tokenizer(tokenizer_json: dict[str, Any], add_prefix_space: bool) -> Tokenizer:
     """Return a tokenizer of SentencePiece's pieces, of the tokens and merges of another one's JSON."""
     made = Tokenizer.from_str(json.dumps(tokenizer_json))
     spaces = normalizers.Replace(" ", _SPACE)

@@ -215,13 +215,13 @@ def pack_exactly(weight: QuantizedTensor, model_dtype: torch.dtype) -> PackedWei
     common = largest_block_size_dividing_rows(weight)
     for size in BLOCKS:
         if common % size == 0:
-            return _pack_in_blocks(weight, size, weight.shape, model_dtype)
+            return _pack_4bit_in_blocks(weight, size, weight.shape, model_dtype)
     raise ValueError(
         f"rows of {weight.shape[-1]} in blocks of {weight.block_size} have no blocks of {BLOCKS[-1]} to {BLOCKS[0]}"
     )
 
 
-def _pack_in_blocks(
+def _pack_4bit_in_blocks(
     weight: QuantizedTensor, block_size: int, recorded_shape: Sequence[int], model_dtype: torch.dtype
 ) -> PackedWeight:
     """Return a weight in blocks of ``block_size``, with ``recorded_shape`` noted."""
@@ -260,7 +260,7 @@ def packed_nf4_and_requantized_weight(
         return pack_exactly(again, model_dtype), again
     # Over the ends of rows, as bitsandbytes itself does it
     flat = _quantized_to_nf4(values.reshape(1, -1), 64)
-    packed = _pack_in_blocks(flat, 64, values.shape, model_dtype)
+    packed = _pack_4bit_in_blocks(flat, 64, values.shape, model_dtype)
     return packed, values if values.is_meta else flat.dequantize().view(values.shape)
 
 

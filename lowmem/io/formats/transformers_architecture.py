@@ -97,11 +97,11 @@ def architecture_from_config(folder: Path, config: Mapping[str, Any]) -> Archite
             for name, parameter in parameters.items()
         },
         frozenset(model.all_tied_weights_keys),
-        lambda layers: _delete_weights_and_load_error(model, layers),
+        lambda layers: _delete_weights_and_get_load_error_or_none(model, layers),
     )
 
 
-def _delete_weights_and_load_error(model: Any, layer_paths: Iterable[str]) -> str | None:
+def _delete_weights_and_get_load_error_or_none(model: Any, layer_paths: Iterable[str]) -> str | None:
     """Return why a model without the weights of some layers could not be loaded (as where a module initializes what
     is missing from its children's weights); the model is spent."""
     for path in layer_paths:

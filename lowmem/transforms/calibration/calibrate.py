@@ -168,7 +168,7 @@ def calibrate(
         batches = self_generated_token_batches(model, tokenizer, seed, temperature)
     if not any(True for _ in batches):
         raise ValueError("batches is empty: pass one batch at least, or use convert, which needs none")
-    steps, chosen = _assign_techniques(model, technique, selection, where, batches)
+    steps, chosen = _techniques_with_search_and_budget(model, technique, selection, where, batches)
     with evaluation_without_gradients(model) as overrides:
         run = _CalibrationRun(model, batches, candidates, damping, overrides, progress, steps)
         lists = [] if diagonal else select_block_lists(model, run.layers_to_calibrate, blocks)
@@ -211,7 +211,7 @@ def _check_calibration_arguments(batches: object, technique: object, damping: ob
         check_batches_reiterable(batches)
 
 
-def _assign_techniques(
+def _techniques_with_search_and_budget(
     model: nn.Module,
     technique: FourBit | Budget,
     selection: Mapping[nn.Module, tuple[str, list[str]]],
@@ -244,7 +244,7 @@ class _CalibrationRun:
     few_rows: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)  # fewer rows than columns: both numbers
     finished_units: FinishedUnitFiles | None = None  # None: nothing is written
     keep_all: bool | None = (
-        False  # the outputs of all blocks that are done; None: of no block, and unsupported_layer_reason
+        False  # the outputs of all blocks that are done; None: of no block, as replay_refusal says
     )
     replay_refusal: str = ""
     store_factory: StoreFactory = field(default_factory=cached_store_factory)

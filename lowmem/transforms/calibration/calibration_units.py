@@ -40,7 +40,7 @@ def select_block_lists(
     """
     holds = {module for module in model.modules() if any(inside in layers for inside in module.modules())}
     if path_patterns is None:
-        return list(_iterate_outermost_block_lists(model, holds))
+        return list(_iterate_repeated_children_with_layers(model, holds))
     patterns = (
         (path_patterns,)
         if isinstance(path_patterns, str) or not isinstance(path_patterns, Iterable)
@@ -65,7 +65,7 @@ def select_block_lists(
     return list(lists_by_parent.values())
 
 
-def _iterate_outermost_block_lists(
+def _iterate_repeated_children_with_layers(
     module: nn.Module, modules_with_layers: Collection[nn.Module]
 ) -> Iterator[list[nn.Module]]:
     children = [child for child in module.children() if child in modules_with_layers]
@@ -74,7 +74,7 @@ def _iterate_outermost_block_lists(
         yield children
         return
     for child in children:
-        yield from _iterate_outermost_block_lists(child, modules_with_layers)
+        yield from _iterate_repeated_children_with_layers(child, modules_with_layers)
 
 
 def run_and_group_into_units(

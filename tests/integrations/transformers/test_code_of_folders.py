@@ -19,7 +19,7 @@ from lowmem import FileError, FourBit, LoRA
 from lowmem.__main__ import main
 from lowmem.integrations.transformers import LowmemConfig, from_exact
 from lowmem.integrations.transformers.adapted_folder import write_base_with_adapter, write_base_with_tokenizer
-from lowmem.integrations.transformers.folder_calibration import calibrate_folder
+from lowmem.integrations.transformers.folder_calibration import load_calibrate_and_write_folder
 from lowmem.integrations.transformers.foreign_checkpoint import transformers_config
 from lowmem.integrations.transformers.model_facts import (
     dense_model_factory,
@@ -276,7 +276,9 @@ FUNCTIONS = {
     "load_folder_or_gguf": load_folder_or_gguf,
     "check_tensors_fit_config": check_tensors_fit_config,
     "quantize_folder": lambda folder: quantize_folder(folder, Path("out"), FourBit()),
-    "calibrate_folder": lambda folder: calibrate_folder(folder, Path("out"), FourBit(), None),
+    "load_calibrate_and_write_folder": lambda folder: load_calibrate_and_write_folder(
+        folder, Path("out"), FourBit(), None
+    ),
     "compare_folders_on_text": lambda folder: compare_folders_on_text([folder, folder], "one and two are three"),
     "dense_model_factory": lambda folder: dense_model_factory(folder)(),
     "read_language_model_sizes": read_language_model_sizes,

@@ -10,7 +10,7 @@ from lowmem import FileError
 from lowmem.integrations.transformers.gguf_config import check_config_matches_gguf, gguf_config_dict_or_none
 from lowmem.io.formats.gguf.gguf_file import GGUFTensorInfo, encode_metadata_field, write_new_gguf_file
 from lowmem.io.formats.gguf.gguf_metadata import (
-    checked_gguf_architecture,
+    gguf_architecture_of_model_type_or_raise,
     gguf_model_fields,
     llama3_rope_factors_or_none,
 )
@@ -37,7 +37,7 @@ ROTATED = "llama.rope.dimension_count"
 def write(path, config, change=None, tensors=None):
     """Write what a file of a config's model says of it; ``change`` replaces fields, or removes them where None."""
     told = config.to_dict()
-    arch = checked_gguf_architecture(told)
+    arch = gguf_architecture_of_model_type_or_raise(told)
     told_in_phi3 = {} if arch != "phi3" else {"phi3.block_count": 1}
     fields = {"general.architecture": arch, **(told_in_phi3 or gguf_model_fields(told))}
     ids = (("bos_token_id", "bos"), ("eos_token_id", "eos"))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.io.formats.gguf.gguf_file import GGUFTensorInfo, GGUFValue, encode_metadata_field, write_new_gguf_file
-from lowmem.io.formats.gguf.gguf_metadata import ARCHITECTURES, checked_gguf_architecture
+from lowmem.io.formats.gguf.gguf_metadata import ARCHITECTURES, gguf_architecture_of_model_type_or_raise
 from lowmem.io.formats.gguf.gguf_tensor_names import GGUFTransformersNameMap, tensor_name_map_from_metadata
 from lowmem.nn.adapter import Adapter
 from lowmem.transforms.adapter_placement import adaptable_module_and_name_by_path
@@ -78,7 +78,7 @@ def _checked_llama_family_name_map(model: nn.Module) -> GGUFTransformersNameMap:
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
     try:
-        architecture = checked_gguf_architecture({"model_type": kind})
+        architecture = gguf_architecture_of_model_type_or_raise({"model_type": kind})
     except ValueError:
         what = type(model).__name__ if kind is None else f"{type(model).__name__} ({kind})"
         raise ValueError(

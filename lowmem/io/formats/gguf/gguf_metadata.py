@@ -51,7 +51,7 @@ _FREE = ("context_length", "vocab_size", "rope.dimension_count", "attention.key_
 """Fields that may differ from the config, or be another's default: llama.cpp takes what the file has."""
 
 
-def checked_gguf_architecture(config: Mapping[str, Any]) -> str:
+def gguf_architecture_of_model_type_or_raise(config: Mapping[str, Any]) -> str:
     """Return the architecture in GGUF; a ValueError if lowmem does not know its names there."""
     kind = config.get("model_type")
     architecture = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
@@ -65,7 +65,7 @@ def checked_gguf_architecture(config: Mapping[str, Any]) -> str:
 
 def gguf_model_fields(config: Mapping[str, Any]) -> dict[str, GGUFValue]:
     """Return the fields of a model, by key; a ValueError for a value that llama.cpp does not compute."""
-    arch = checked_gguf_architecture(config)
+    arch = gguf_architecture_of_model_type_or_raise(config)
     if arch not in _DESCRIBED:
         raise ValueError(
             f"model_type={short_repr(config['model_type'])} needs more than its config says: name an existing GGUF "
@@ -221,7 +221,7 @@ class OpenGGUFMetadataSource:
 
     def check_matches_config(self, config: Mapping[str, Any]) -> None:
         """Raise a FileError unless it is of the model that a config describes."""
-        arch = checked_gguf_architecture(config)
+        arch = gguf_architecture_of_model_type_or_raise(config)
         if self.architecture != arch:
             why = f"it is a {short_repr(self.architecture)}, and config.json describes a {short_repr(arch)}"
             raise file_error(self.path, f"{why}; name a file of the same model", "copy from")

@@ -216,10 +216,10 @@ class _GGUFTokenizerFieldsBuilder:
             "tokenizer.ggml.tokens": self.tokens,
             "tokenizer.ggml.scores": [-float(ranks.get(token, last)) for token in self.tokens],
             "tokenizer.ggml.token_type": self._token_types(),
-            "tokenizer.ggml.add_space_prefix": self._has_space_prefix(),
+            "tokenizer.ggml.add_space_prefix": self._has_space_prefix_or_raise(),
         }
 
-    def _has_space_prefix(self) -> bool:
+    def _has_space_prefix_or_raise(self) -> bool:
         """Whether a space comes before each text."""
         normalizer, step = self.content.get("normalizer"), self.content.get("pre_tokenizer")
         steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])

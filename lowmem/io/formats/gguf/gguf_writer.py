@@ -31,7 +31,7 @@ from lowmem.io.formats.gguf.gguf_encoding import (
 from lowmem.io.formats.gguf.gguf_file import GGUFTensorInfo, GGUFValue, encode_metadata_field, write_new_gguf_file
 from lowmem.io.formats.gguf.gguf_metadata import (
     OpenGGUFMetadataSource,
-    checked_gguf_architecture,
+    gguf_architecture_of_model_type_or_raise,
     gguf_model_fields,
     llama3_rope_factors_or_none,
     read_copyable_gguf_metadata,
@@ -127,7 +127,7 @@ def _checked_name_map_and_metadata(
             raise file_error(model.path, why, "export")
         with value_errors_as_file_errors(model.folder or model.path, "export"):
             numbers: dict[str, Any] = {
-                "general.architecture": checked_gguf_architecture(config),
+                "general.architecture": gguf_architecture_of_model_type_or_raise(config),
                 **gguf_model_fields(config),
             }
             return tensor_name_map_from_metadata(numbers), numbers

@@ -9,7 +9,7 @@ import torch
 from lowmem.errors import FileError
 from lowmem.io.formats.gguf.gguf_file import encode_metadata_field
 from lowmem.io.formats.gguf.gguf_metadata import (
-    checked_gguf_architecture,
+    gguf_architecture_of_model_type_or_raise,
     gguf_model_fields,
     llama3_rope_factors_or_none,
     read_copyable_gguf_metadata,
@@ -121,7 +121,7 @@ def test_fields_of_an_existing_file_are_copied_but_for_how_it_is_stored(tmp_path
             found.check_matches_config({**CONFIG, **changes})
     with pytest.raises(FileError, match="adapter"):
         existing_of(tmp_path / "c.gguf", {**like, "general.type": "adapter"})
-    assert checked_gguf_architecture({"model_type": "smollm3"}) == "smollm3"
+    assert gguf_architecture_of_model_type_or_raise({"model_type": "smollm3"}) == "smollm3"
 
 
 def test_numbers_of_an_existing_file_that_no_model_has_are_refused(tmp_path):
