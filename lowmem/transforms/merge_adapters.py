@@ -214,16 +214,8 @@ def merge(
         for name, errors in merge_results[layer].errors.items()
     )
     merge_report.output_before, merge_report.output_after = of_model or (None, None)
-    worst = merge_report.worst
-    for place, error, whose in (
-        (f"{layer_display_name(worst.path)}: ", worst.largest, ""),
-        ("", merge_report.output_after, " of the whole model's outputs"),
-    ):
-        if at_most is not None and error is not None and not error <= at_most:
-            raise ValueError(
-                f"{place}merging gives a relative error of {error:.4g}{whose}, above at_most={at_most:g}; merge to a "
-                "dtype, as to=torch.bfloat16, or keep the adapter apart"
-            )
+    if at_most is not None:
+        _check_errors_at_most(merge_report, at_most)
     if not report:
         warn_of_requantization_errors(merge_results, layers)
     unchanged_layers = {
@@ -239,6 +231,20 @@ def merge(
     discard_inactive_buffers(model)
     let_integrations_adopt_model(model)
     return (model, merge_report) if report else model
+
+
+def _check_errors_at_most(report: MergeReport, at_most: float) -> None:
+    """Raise a ValueError for a layer, or a whole model's outputs, with a larger error."""
+    worst = report.worst
+    for place, error, whose in (
+        (f"{layer_display_name(worst.path)}: ", worst.largest, ""),
+        ("", report.output_after, " of the whole model's outputs"),
+    ):
+        if error is not None and not error <= at_most:
+            raise ValueError(
+                f"{place}merging gives a relative error of {error:.4g}{whose}, above at_most={at_most:g}; merge to a "
+                "dtype, as to=torch.bfloat16, or keep the adapter apart"
+            )
 
 
 def first_path_by_adapted_layer(model: nn.Module) -> dict[AdaptedModule, str]:

@@ -76,7 +76,10 @@ class StoredPreTrainedModelMixin:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Write a folder as transformers does, which is complete or not there, and says how weights are stored."""
+        """Write a folder as transformers does, which is complete or not there, and says how weights are stored.
+
+        The config of an older adapter in the folder is removed.
+        """
         # these need the folder itself: its name and files are sent, or several processes write a part each
         shared = push_to_hub or kwargs.get("distributed_checkpoint") or not is_main_process
         with _storage_described_in_config(self) as ours:

@@ -102,19 +102,7 @@ class _PeftFolderBuilder:
                     for name, entry in trained.items()
                 ]
                 continue
-            why = None
-            if not path:
-                why = "PEFT cannot save parameters of the model itself"
-            elif any(isinstance(inner, AdaptedModule) for inner in module.modules()):
-                why = "PEFT cannot train a weight beside its adapter"
-            elif len(paths) > 1:
-                why = f"it is {layer_display_name(paths[1])}, too, and PEFT would save one alone"
-            elif any(isinstance(inner, StoredModule) for inner in module.modules()):
-                why = "PEFT cannot save a module that stores a weight"
-            elif other := next(
-                (entry for entry in self._all_paths if entry not in whole and entry.endswith(path)), None
-            ):
-                why = f"PEFT would take {layer_display_name(other)} for it, whose path ends alike"
+            why = self._unsavable_reason_or_none(module, whole)
             if why is not None:
                 name = next(iter(trained), None)
                 if name is None:
@@ -133,6 +121,20 @@ class _PeftFolderBuilder:
         return saved, [
             (key, entry) for key, entry in biases if not any(key.startswith(f"{PREFIX}{s}.") for s in saved)
         ]
+
+    def _unsavable_reason_or_none(self, module: nn.Module, saved_paths: set[str]) -> str | None:
+        """Return why PEFT cannot save a module as it is, or None; ``saved_paths`` are those of all that it saves."""
+        path, *other_paths = self._paths[module]
+        if not path:
+            return "PEFT cannot save parameters of the model itself"
+        if any(isinstance(inner, AdaptedModule) for inner in module.modules()):
+            return "PEFT cannot train a weight beside its adapter"
+        if other_paths:
+            return f"it is {layer_display_name(other_paths[0])}, too, and PEFT would save one alone"
+        if any(isinstance(inner, StoredModule) for inner in module.modules()):
+            return "PEFT cannot save a module that stores a weight"
+        alike = next((entry for entry in self._all_paths if entry not in saved_paths and entry.endswith(path)), None)
+        return alike and f"PEFT would take {layer_display_name(alike)} for it, whose path ends alike"
 
     def tensors_by_file_name(self) -> dict[str, Tensor]:
         """Return all tensors by their names in the file."""
