@@ -228,7 +228,7 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
         limit = OFFSETS_SCRATCH - 4 * _OFFSETS_CHUNK
         nbytes = max(nbytes, limit // _OFFSETS_ROWS)
 
-        def multiply_batch_chunk(x_chunk: Tensor) -> Tensor | None:
+        def multiply_batch_chunk_or_none(x_chunk: Tensor) -> Tensor | None:
             wide = (x_chunk if in_int8 else x_chunk.to(dtype)).float().contiguous()
             for native_weight in self._cached_then_new_native_weights(weight, _BASE_IN_INT8 if in_int8 else _BASE):
                 product = self._native_product_or_none(
@@ -247,7 +247,9 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
                 return product if bias is None else product.add_(bias)
             return None
 
-        return _apply_to_batch_chunks_or_none(x, nbytes, limit, x.dtype if in_int8 else dtype, multiply_batch_chunk)
+        return _apply_to_batch_chunks_or_none(
+            x, nbytes, limit, x.dtype if in_int8 else dtype, multiply_batch_chunk_or_none
+        )
 
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         """Return ``grad @ W``: (batch, out) -> (batch, in)."""

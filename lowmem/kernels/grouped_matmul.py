@@ -230,7 +230,7 @@ def _grouped_matrices_grad(x: Tensor, grad: Tensor, group_ends: Tensor) -> Tenso
     return out
 
 
-def _grouped_matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _grouped_matmul_input_and_matrix_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, matrices, offsets = ctx.saved_tensors
     of_x = grouped_matmul(grad, matrices.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
     of_matrices = torch.ops.lowmem.grouped_outer(x, grad, offsets) if ctx.needs_input_grad[1] else None
@@ -249,7 +249,7 @@ torch.library.register_fake(
 )
 torch.library.register_autograd(
     "lowmem::grouped_matmul",
-    _grouped_matmul_backward,
+    _grouped_matmul_input_and_matrix_grads,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     lib=_LIBRARY,
 )

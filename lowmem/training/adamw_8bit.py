@@ -227,10 +227,10 @@ def _write_moment_chunk(
     blocks, positive = _code_rows_slice(elements, row_length), name == "exp_avg_root"
     if row_length:
         padded = functional.pad(moment.view(-1, row_length), (0, -row_length % min(row_length, BLOCK)))
-        codes, scales = quantize_moment_to_e4m3(padded.view(-1), positive, min(row_length, BLOCK))
+        codes, scales = e4m3_codes_and_scales_of_moment(padded.view(-1), positive, min(row_length, BLOCK))
         codes, scales = codes.view(padded.shape)[:, :row_length], scales.view(len(padded), -1)
     else:
-        codes, scales = quantize_moment_to_e4m3(moment, positive)
+        codes, scales = e4m3_codes_and_scales_of_moment(moment, positive)
     (
         _local_shard_or_tensor(state[f"{name}_codes"])[blocks],
         _local_shard_or_tensor(state[f"{name}_scales"])[blocks],
@@ -243,7 +243,7 @@ def _code_rows_slice(elements: slice, row_length: int) -> slice:
     return slice(elements.start // length, -(-elements.stop // length))
 
 
-def quantize_moment_to_e4m3(
+def e4m3_codes_and_scales_of_moment(
     moment: Tensor, avoid_zero: bool = False, block_size: int = BLOCK
 ) -> tuple[Tensor, Tensor]:
     """Return the codes of a moment, float32 (n,): bits of e4m3 floats, uint8 (blocks, block), and float32 scales.

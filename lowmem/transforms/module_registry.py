@@ -59,18 +59,18 @@ def _isinstance_predicate(*module_types: type[nn.Module]) -> Callable[[nn.Module
     return lambda module: isinstance(module, module_types)
 
 
-def _max_norm_dense_reason(module: nn.Module) -> str | None:
+def _max_norm_dense_reason_or_none(module: nn.Module) -> str | None:
     if getattr(module, "max_norm", None) is None:
         return None
     return "max_norm rescales its rows in place: rescale all rows once (torch.renorm), and set max_norm = None"
 
 
-def _max_mode_no_adapter_reason(module: nn.Module) -> str | None:
+def _max_mode_no_adapter_reason_or_none(module: nn.Module) -> str | None:
     largest = isinstance(module, nn.EmbeddingBag) and module.mode == "max"
     return "LoRA has no form of it: the largest of several rows is not linear in them" if largest else None
 
 
-def _linear_subclass_dense_reason(module: nn.Module) -> str | None:
+def _linear_subclass_dense_reason_or_none(module: nn.Module) -> str | None:
     if type(module).forward is nn.Linear.forward or is_weight_only_multiplied(module):
         return None
     return "a subclass of Linear that computes something else: where= or parameters= takes it nevertheless"
@@ -127,14 +127,16 @@ ENTRIES = (
     ModuleKindEntry(
         "Linear",
         _isinstance_predicate(nn.Linear),
-        dense_reason=_linear_subclass_dense_reason,
+        dense_reason=_linear_subclass_dense_reason_or_none,
         computation=_linear_subclass_computation_text,
     ),
     ModuleKindEntry(
         "Embedding",
         _isinstance_predicate(nn.Embedding, nn.EmbeddingBag),
-        dense_reason=_max_norm_dense_reason,
-        no_adapter_reason=lambda module: _max_norm_dense_reason(module) or _max_mode_no_adapter_reason(module),
+        dense_reason=_max_norm_dense_reason_or_none,
+        no_adapter_reason=lambda module: (
+            _max_norm_dense_reason_or_none(module) or _max_mode_no_adapter_reason_or_none(module)
+        ),
         opt_in_reason="LoRA leaves embeddings out: where= takes them",
     ),
     ModuleKindEntry(
@@ -307,7 +309,7 @@ def conversion_skip_reason(
     if isinstance(module, torch.jit.ScriptModule):
         return "torch.jit.script or trace compiled it for dense weights: convert the module it was made of"
     if technique_type is LoRA:
-        return _adapter_skip_reason(module, user_selected)
+        return _adapter_skip_reason_or_none(module, user_selected)
     if isinstance(module, AdaptedModule):
         return "it has an adapter: convert the base first"
     if isinstance(module, ParametrizationList) and not _is_weight_norm_parametrization(module):
@@ -338,7 +340,7 @@ def _no_storable_parameter_reason(module: nn.Module) -> str:
     return "its weight is no parameter of its own: make it one, as torch.nn.utils.prune.remove does"
 
 
-def _adapter_skip_reason(module: nn.Module, user_selected: bool) -> str | None:
+def _adapter_skip_reason_or_none(module: nn.Module, user_selected: bool) -> str | None:
     if isinstance(module, AdaptedModule):
         return None
     entry = matching_entry_or_none(module)

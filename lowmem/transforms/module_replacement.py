@@ -78,7 +78,7 @@ def commit_replacements_and_freeze(model: nn.Module, replacements: Mapping[nn.Mo
         share_adapters_of_tied_embeddings(adapted)
     replace_modules_in_place(model, changed)
     if adapted:
-        freeze_all_but_adapters(model)
+        freeze_non_adapter_parameters(model)
         sync_buffers_with_adapters(model)
     let_integrations_adopt_model(model)
 
@@ -102,7 +102,7 @@ def replace_modules_in_place(model: nn.Module, replacements: Mapping[Any, nn.Mod
             )
 
 
-def freeze_all_but_adapters(model: nn.Module) -> None:
+def freeze_non_adapter_parameters(model: nn.Module) -> None:
     """Freeze every parameter that does not belong to an adapter; adapters keep their ``requires_grad``."""
     adapters = {p for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
     for parameter in model.parameters():

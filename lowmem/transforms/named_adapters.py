@@ -33,7 +33,7 @@ from lowmem.transforms.model_checks import (
 )
 from lowmem.transforms.module_registry import layer_display_name, layer_or_parameter_path
 from lowmem.transforms.module_replacement import (
-    freeze_all_but_adapters,
+    freeze_non_adapter_parameters,
     let_integrations_adopt_model,
     replace_modules_in_place,
     with_model_lock,
@@ -137,7 +137,7 @@ def add_adapter_and_freeze_rest(
     for module, parts in added.items():
         module.adapters.add_and_activate(adapter_name, parts)
     share_adapters_of_tied_embeddings([*made, *added])
-    freeze_all_but_adapters(model)
+    freeze_non_adapter_parameters(model)
     sync_buffers_with_adapters(model)
     let_integrations_adopt_model(model)
 

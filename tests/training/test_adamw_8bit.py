@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowmem import AdamW8bit
-from lowmem.training.adamw_8bit import BLOCK, quantize_moment_to_e4m3
+from lowmem.training.adamw_8bit import BLOCK, e4m3_codes_and_scales_of_moment
 from tests import strategies
 
 
@@ -20,7 +20,7 @@ def test_a_moment_is_off_by_a_sixteenth_of_itself_or_a_part_of_the_largest(count
     size = torch.exp2(torch.randint(-20, 1, (count,), generator=generator).float())
     moment = torch.randn(count, generator=generator) * size * 2.0**exponent
     moment = moment.abs() if positive else moment
-    codes, scales = quantize_moment_to_e4m3(moment, positive)
+    codes, scales = e4m3_codes_and_scales_of_moment(moment, positive)
     assert codes.dtype is torch.uint8
     assert codes.shape == (-(-count // BLOCK), BLOCK)
     got = (codes.view(torch.float8_e4m3fn).float() * scales).view(-1)[:count]
@@ -35,13 +35,13 @@ def test_a_moment_is_off_by_a_sixteenth_of_itself_or_a_part_of_the_largest(count
 
 
 def test_zeros_and_what_is_not_finite():
-    codes, scales = quantize_moment_to_e4m3(torch.zeros(300))
+    codes, scales = e4m3_codes_and_scales_of_moment(torch.zeros(300))
     assert not codes.any()
     assert not scales.any()
     for broken in (torch.nan, torch.inf):
         moment = torch.ones(300)
         moment[3] = broken
-        codes, scales = quantize_moment_to_e4m3(moment)
+        codes, scales = e4m3_codes_and_scales_of_moment(moment)
         got = (codes.view(torch.float8_e4m3fn).float() * scales).view(-1)
         assert not got[3].isfinite()
         assert got[256:300].isfinite().all()

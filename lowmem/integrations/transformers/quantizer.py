@@ -60,7 +60,7 @@ from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
 from lowmem.resident import drop_mapped_file_pages, trim_heap_unless_small
 from lowmem.transforms.layer_roles import module_name_pairs_kept_in_float32
 from lowmem.transforms.model_checks import is_peft_module
-from lowmem.transforms.module_replacement import freeze_all_but_adapters
+from lowmem.transforms.module_replacement import freeze_non_adapter_parameters
 from lowmem.transforms.peft_models import check_no_stored_peft_targets
 from lowmem.transforms.restore_dense import parse_floating_dtype, restore
 
@@ -336,7 +336,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
                 for name in module.part_parameter_names:
                     module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
         if any(isinstance(module, AdaptedModule) for module in model.modules()):
-            freeze_all_but_adapters(model)
+            freeze_non_adapter_parameters(model)
             sync_buffers_with_adapters(model)
         model.is_quantized = False  # it trains, casts and moves as any model does
         adopt(model)
