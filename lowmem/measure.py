@@ -182,7 +182,7 @@ def losses_of(model: nn.Module, output: Any, loss: Callable[[Any], Tensor] | Non
     """Return the scalars to differentiate: of ``loss``, or the output's own, or the sums of its tensors.
 
     Returns:
-        None where no tensor of the output requires a gradient.
+        [] where no tensor of the output requires a gradient.
 
     Raises:
         TypeError: the output holds no tensor, or ``loss`` returns no scalar with a gradient.

@@ -162,7 +162,7 @@ class NativeLayerCache:
     """Layers and norms inside a module, which C reads where they are.
 
     Args:
-        module: see ``watch``.
+        module: as of ``make_unchanged_check``.
         layers: inside it.
         other_modules: modules whose numbers and functions its code reads, such as the scaling of scores, beside
             norms.

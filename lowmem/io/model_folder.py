@@ -104,7 +104,7 @@ def check_config_files_are_regular(folder: Path) -> None:
 
 
 def check_layer_counts_of_folder(config_path: Path, config: Any, tensor_count: int) -> None:
-    """Raise a FileError that names a folder's config as ``refuse_layers`` does, before a model is made of it."""
+    """Raise the error of ``check_layer_and_expert_counts`` as a FileError, before a model is made of a folder."""
     try:
         check_layer_and_expert_counts(config, tensor_count)
     except ValueError as reason:

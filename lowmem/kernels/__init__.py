@@ -147,7 +147,7 @@ def explain(weight: Weight | nn.Module, rows: int, dtype: torch.dtype | None = N
 
 @contextmanager
 def temporary_cpu_backend(backend_name: str) -> Iterator[None]:
-    """Let one of ``available()`` serve the CPU inside the block: for tests and benchmarks."""
+    """Let one of ``available_cpu_backend_names()`` serve the CPU inside the block: for tests and benchmarks."""
     before = backend_for("cpu"), _reason
     _register_cpu_backend(*_select_cpu_backend_and_reason(backend_name))
     try:

@@ -295,8 +295,8 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
         bias: Tensor | None = None,
         add_to: Tensor | None = None,
     ) -> Tensor:
-        """Multiply as ``_by_torch`` in float32, and round each sum once. Parts of the input and of the weight are
-        widened; a 4-bit weight is not rounded."""
+        """Multiply as ``_torch_product_in_chunks`` in float32, and round each sum once. Parts of the input and of the
+        weight are widened; a 4-bit weight is not rounded."""
         rows, columns = weight.shape
         size = weight.block_size if isinstance(weight, QuantizedTensor) else 1
         outs, terms = (columns, rows) if transposed else (rows, columns)

@@ -24,7 +24,7 @@ TriedKernel: TypeAlias = tuple[str, str, int, int, "str | None"]
 
 
 class KernelExplanationMixin:
-    """The part of the backend in C for one ISA that says what it runs; ``lowmem.kernels.cpu.Kernel`` completes it."""
+    """The part of the backend in C for one ISA that says what it runs; ``CpuBackend`` completes it."""
 
     native: ModuleType
     name: str

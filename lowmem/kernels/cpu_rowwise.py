@@ -39,7 +39,7 @@ CODES8 = 8  # of csrc/plan.h, in place of a type
 
 
 class CpuRowwiseMixin:
-    """The row-wise part of the backend in C for one ISA, which ``lowmem.kernels.cpu.Kernel`` completes."""
+    """The row-wise part of the backend in C for one ISA, which ``CpuBackend`` completes."""
 
     native: ModuleType
     _isa: int

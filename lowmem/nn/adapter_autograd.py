@@ -159,7 +159,7 @@ def bfloat16_lora_product_or_none(
 
 
 def _widen_and_mark_exact(bfloat16_product: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a bfloat16 product, and mark the result's storage as exact in bfloat16 (``is_narrow``)."""
+    """Convert a bfloat16 product, and mark the result's storage as exact in bfloat16."""
     wide = bfloat16_product.to(dtype)
     if wide is not bfloat16_product and not wide.is_inference():
         cast(Any, wide.untyped_storage()).lowmem_narrow = wide._version, dtype

@@ -301,7 +301,7 @@ def _compute_arguments_from_operator(
 
 
 def _geometry_from_operator_sizes(sizes: Sequence[int]) -> Geometry:
-    """Return the geometry from the numbers that ``_record`` passes to the operator."""
+    """Return the geometry from the numbers that ``_call_convolve_operator`` passes to the operator."""
     dims = (len(sizes) - 3) // 4
     kernel, stride, padding, dilation = (tuple(sizes[start : start + dims]) for start in range(3, len(sizes), dims))
     return Geometry(sizes[0], sizes[1], sizes[2], kernel, stride, padding, dilation)

@@ -255,6 +255,6 @@ def _change_class_for_form(module: StoredModule, parameter_name: str, tensor: St
 
 
 def _class_with_same_adapters(module: nn.Module, replacement_class: type[nn.Module]) -> type[nn.Module]:
-    """Return the class ``new_class``; if the module has adapters, its subclass with adapters."""
+    """Return ``replacement_class``; if the module has adapters, its subclass with adapters."""
     over: Callable[[type[nn.Module]], type[nn.Module]] | None = getattr(type(module), "_adapted_class_over", None)
     return replacement_class if over is None else over(replacement_class)

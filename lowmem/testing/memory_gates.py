@@ -163,7 +163,7 @@ class MemoryGateSession:
         }
 
     def merge_worker_state(self, worker_state: dict[str, Any]) -> None:
-        """Merge the ``dump`` of a worker."""
+        """Merge the ``serializable_state`` of a worker."""
         self.rows |= {row["name"]: GateFiguresAndVerdict(**row) for row in worker_state["rows"]}
         for key, figures in worker_state["pending"]:
             self.pending.setdefault(BaselineKey(*key), {}).update(figures)

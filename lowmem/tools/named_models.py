@@ -187,7 +187,7 @@ def _input_error_remedy(is_user_input: bool, error: BaseException) -> str:
 
 
 def call_or_raise_input_error(model_name: str, call: Callable[[], Result], *, is_user_input: bool = False) -> Result:
-    """Return ``run()``, a call of the user's model; any failure becomes a ValueError about the input.
+    """Return ``call()``, a call of the user's model; any failure becomes a ValueError about the input.
 
     ``is_user_input`` tells that the input is the user's own, which no options describe.
     """
@@ -200,7 +200,7 @@ def call_or_raise_input_error(model_name: str, call: Callable[[], Result], *, is
 def call_and_check_tensor(
     model_name: str, command: str, call: Callable[[], Any], *, is_user_input: bool = False
 ) -> Tensor:
-    """Return ``run()``, a call of the user's model, which must return a tensor for the command; as ``run_model``."""
+    """Return ``call()``, which must return a tensor for the command; raise as ``call_or_raise_input_error``."""
     output = call_or_raise_input_error(model_name, call, is_user_input=is_user_input)
     if not isinstance(output, Tensor):
         type_name = type(output).__name__
@@ -209,7 +209,7 @@ def call_and_check_tensor(
 
 
 def plan_or_raise_value_error(model_name: str, make_plan: Callable[[], Plan], *, is_user_input: bool = False) -> Plan:
-    """Return ``run()``, which plans the user's model; its own errors pass, any other becomes a ValueError."""
+    """Return ``make_plan()``, which plans the user's model; its own errors pass, any other becomes a ValueError."""
     with exceptions_as_value_error(
         f"model={model_name!r} cannot be planned", partial(_input_error_remedy, is_user_input)
     ):

@@ -72,7 +72,7 @@ class ActivationArena:
         return self._piece[self._last : self._last + nbytes]
 
     def free_last_allocation(self) -> None:
-        """Free what the last ``take`` returned, which must not be used any more."""
+        """Free what the last ``allocate_int8`` returned, which must not be used any more."""
         self._used = self._last
 
 

@@ -55,7 +55,7 @@ def recomputable_rms_norm(
 def recomputable_layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, normalized_shape: tuple[int, ...], eps: float
 ) -> Tensor:
-    """Return ``torch.nn.functional.recomputable_layer_norm``, whose readers can recompute the result."""
+    """Return ``torch.nn.functional.layer_norm``, whose readers can recompute the result."""
     out: Tensor = _LayerNormFunction.apply(x, weight, bias, normalized_shape, eps)  # type: ignore[no-untyped-call, unused-ignore]
     return _make_recomputable(out)
 
@@ -276,7 +276,7 @@ class _ActivationFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, activation: str) -> Tensor:
         ctx.activation, x_dtype = activation, x.dtype
         _init_recompute_state(ctx, x_dtype, lambda saved, dtype: _apply_activation(saved, activation, x_dtype, dtype))
-        # A checkpoint that recomputes its region may get another input then, of which _narrowed may decide otherwise.
+        # A checkpoint that recomputes its region may get another input then, which may not be lossless in bfloat16.
         saved = x if is_possibly_in_checkpoint() else _bfloat16_if_lossless(x)
         ctx.save_for_backward(saved)
         return _apply_activation(
@@ -337,7 +337,7 @@ _CHUNK = 2**18
 
 def _bfloat16_if_lossless(x: Tensor) -> Tensor:
     """Return a float32 tensor as bfloat16 if that is lossless, else x. All elements are compared, unless the product
-    marked its result (``is_narrow``); then the first row, since writes through ``.data`` keep the mark."""
+    marked its result as exact; then the first row, since writes through ``.data`` keep the mark."""
     if x.dtype is not torch.float32 or not x.numel():
         return x
     first = x.detach()[(0,) * (x.dim() - 1)]

@@ -270,7 +270,7 @@ class CategorizedPeakMemory(measure.PeakMemory):
         return totals | {"activations": {kind: size for kind, size in largest if size}}
 
     def label_storages(self, tensors: Iterable[Tensor], label: str) -> None:
-        """Set what the storages of these tensors are for: a ``_Block.name``."""
+        """Set what the storages of these tensors are for: a ``_StorageOrigin.name``."""
         for key in _storage_nbytes_by_key(tensors):
             if key in self._blocks:
                 self._blocks[key].name = label

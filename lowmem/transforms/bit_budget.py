@@ -180,7 +180,7 @@ def _loss_decrease_per_byte(unit: BudgetUnit, old_choice: int, new_choice: int) 
 
 
 def budget_choices_with_reasons(units: Sequence[BudgetUnit], budget: Budget) -> list[BudgetChoice]:
-    """Return what each unit gets of a budget; raises as ``allocate``."""
+    """Return what each unit gets of a budget; raises as ``greedy_choice_index_per_unit``."""
     chosen = greedy_choice_index_per_unit(units, budget.bits)
     total = sum(unit.losses[_convex_hull_choice_indices(unit)[0]] for unit in units)
     return [

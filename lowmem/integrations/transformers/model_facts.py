@@ -28,7 +28,8 @@ def quantizing_program_or_none(folder: Path, task: str = "fine-tune") -> str | N
     """Return which program stored the weights of a folder or GGUF file, such as "lowmem"; None if it is dense.
 
     Raises:
-        FileError: as ``check``; or lowmem stored the weights in a way that this version does not read, or the model
+        FileError: as ``checked_config_and_tensor_bytes``;
+            or lowmem stored the weights in a way that this version does not read, or the model
             has an adapter.
     """
     if folder.is_file():

@@ -105,7 +105,8 @@ def load_folder(
         device: where a dense folder's weights go, and are stored; another one than the CPU needs accelerate.
 
     Raises:
-        FileError: as ``check``; or transformers does not have the class or cannot load the model; or the folder lacks
+        FileError: as ``checked_config_and_tensor_bytes``;
+            or transformers does not have the class or cannot load the model; or the folder lacks
             tensors of the model, or has others that would be lost.
     """
     folder_config, _ = checked_config_and_tensor_bytes(folder)
@@ -363,7 +364,7 @@ def quantize_folder(
 
 
 def check_folder_is_dense(folder: Path) -> None:
-    """Raise a FileError as ``check``, and for a folder whose weights are quantized."""
+    """Raise a FileError as ``checked_config_and_tensor_bytes``, and for a folder whose weights are quantized."""
     config, _ = checked_config_and_tensor_bytes(folder)
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method is not None:

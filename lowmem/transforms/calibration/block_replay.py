@@ -102,7 +102,7 @@ class BlockReplay(ExitStack):
         """Compute a block's outputs and keep them: from now on it returns them.
 
         Raises:
-            Stale: the block has read an output that was not kept.
+            DroppedOutputRead: the block has read an output that was not kept.
         """
         block_outputs = self._cached_outputs[block] = {}
         before = self._last.get(self._list[block])
@@ -262,7 +262,7 @@ def _replay_and_describe_changed_input(
     units: Sequence[CalibrationUnit],
     expected_inputs: dict[nn.Module, list[Tensor]],
 ) -> str:
-    """Return which unit gets other inputs in a replay, "" if none does; Stale if a unit gets NaN instead."""
+    """Return which unit gets other inputs in a replay, "" if none does; DroppedOutputRead if a unit gets NaN."""
     paths = {module: path for path, module in model.named_modules()}
     for unit in units:
         first = unit.layers[0] if unit.block is None else unit.block

@@ -265,7 +265,7 @@ class _CalibrationRun:
 
     @cached_property
     def bias_corrected_layers(self) -> set[nn.Module]:
-        """Those of ``linear`` with a bias of their own, which can make up for the mean of the error."""
+        """Those of ``layers_to_calibrate`` with a bias of their own, which can make up for the mean of the error."""
         biases = Counter(id(module._parameters.get("bias")) for module in self.model.modules())
         biases_by_layer = {layer: layer._parameters["bias"] for layer in self.layers_to_calibrate}
         return {layer for layer, bias in biases_by_layer.items() if bias is not None and biases[id(bias)] == 1}
@@ -324,7 +324,7 @@ class _CalibrationRun:
     def find_units_and_set_replay_mode(
         self, block_lists: list[list[nn.Module]], offload_folder: Path | None, *, blocks_requested: bool
     ) -> list[CalibrationUnit]:
-        """Return the ``calibration_units``, and find out by the first batch what has to be kept of those done."""
+        """Return the calibration units, and find out by the first batch what has to be kept of those done."""
         blocks = [block for block_list in block_lists for block in block_list]
         inside = {layer for block in blocks for layer in block.modules()}
         noted = (
@@ -374,7 +374,7 @@ class _CalibrationRun:
                 self.progress(number + 1, len(units), left)
 
     def _quantize_unit(self, unit: CalibrationUnit, replay: BlockReplay) -> None:
-        """Quantize a unit's layers by the moments of its inputs; Stale if what was not kept may be read."""
+        """Quantize a unit's layers by the moments of its inputs; DroppedOutputRead if they may be of dropped ones."""
         moments, groups = replay.collect_input_moments_and_groups(unit, self.batches, self.bias_corrected_layers)
         if replay.has_dropped and not all(input_moments.is_finite() for input_moments in moments.values()):
             # Before a layer is replaced: all of the unit are done again
