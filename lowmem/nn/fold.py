@@ -130,14 +130,14 @@ def _replace_with_merged_parameters(module_copy: nn.Module, merged_weights: Mapp
 def _dense_copy_in_dtype(module: nn.Module, merged_values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
     """Return a copy of a module in which all parameters are dense and have the dtype ``dtype``."""
     values: dict[str, Tensor | None] = {}
-    for name in module.forms if isinstance(module, StoredModule) else ():
-        tensor, value = module.stored_tensor(name), merged_values.get(name)
-        values[name] = as_frozen_parameter((tensor.dequantize(dtype) if value is None else value).view(tensor.shape))
-    dense_copy = (
-        dense_shallow_copy(module, values)
-        if isinstance(module, StoredModule)
-        else hookless_shallow_copy(module, type(module))
-    )
+    if isinstance(module, StoredModule):
+        for name in module.forms:
+            tensor, value = module.stored_tensor(name), merged_values.get(name)
+            value = tensor.dequantize(dtype) if value is None else value
+            values[name] = as_frozen_parameter(value.view(tensor.shape))
+        dense_copy = dense_shallow_copy(module, values)
+    else:
+        dense_copy = hookless_shallow_copy(module, type(module))
     parameters: dict[str, Any] = {}
     for name, parameter in dense_copy._parameters.items():
         value = merged_values.get(name, parameter)
