@@ -14,10 +14,8 @@ from typing import Any
 
 from lowmem.errors import error_type_and_first_line, file_error, quoted_path, short_repr
 from lowmem.io.filesystem import open_regular_file, read_errors_with_path, read_text_and_sha256
+from lowmem.io.hub_names import is_hub_name
 from lowmem.version import install_command
-
-_HUB_DATA_SET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:\w[\w.-]*){0,2}", re.ASCII)
-"""``owner/name``, ``owner/name:split`` or ``owner/name:split:config``."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,13 @@ class DataFile:
 
 
 def is_hub_data_set_name(name: str) -> bool:
-    """Whether a name is a data set's on the Hub: it is no path that exists, and no name of a file."""
+    """Whether a name is a data set's on the Hub, ``owner/name``, ``owner/name:split`` or ``owner/name:split:config``,
+    and no path that exists, and no name of a file."""
+    repository, *parts = name.split(":")
     return (
-        _HUB_DATA_SET.fullmatch(name) is not None
+        is_hub_name(repository)
+        and len(parts) <= 2
+        and all(re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in parts)
         and not Path(name).exists()
         and Path(name).suffix.lower() not in READERS
     )
@@ -178,6 +180,8 @@ def _read_hub_data_set(name: str) -> DataFile:
     """Return the rows of a data set of the Hub, which ``datasets`` downloads or has in its cache."""
     try:
         from datasets import DownloadConfig, load_dataset
+        from datasets.exceptions import DatasetGenerationError, DatasetsError
+        from huggingface_hub.errors import HfHubHTTPError
     except ImportError as reason:
         needed = "a data set of the Hub needs the package datasets"
         raise ImportError(f"{name!r}: {needed}: {install_command('data')}") from reason
@@ -186,12 +190,15 @@ def _read_hub_data_set(name: str) -> DataFile:
         items = load_dataset(
             repository, config, split=split or "train", download_config=DownloadConfig(max_retries=1)
         ).to_list()
-    except Exception as reason:
-        # What datasets raises is of many kinds
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as reason:
+        # Of any error while rows are read, datasets makes one that does not say what is wrong
+        cause = (isinstance(reason, DatasetGenerationError) and reason.__cause__) or reason
+        if isinstance(cause, MemoryError):
+            raise cause from None
         raise file_error(
             name,
             "there is no such file or folder here, and the Hub's data set cannot be loaded: "
-            f"{error_type_and_first_line(reason)}",
+            f"{error_type_and_first_line(cause)}",
         ) from reason
     rows = _arrow_rows(items)
     if not rows:

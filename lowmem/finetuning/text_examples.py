@@ -10,7 +10,6 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -367,22 +366,29 @@ def _conversation_tokens_mask_end_and_findings(
     """
     messages, tools = conversation.messages, conversation.tools
     if isinstance(tokenizer, ToolTokenizer):
-        pieces, encode_pieces = [*tokenizer.chat(messages, tools)], tokenizer.encode_pieces
+        pieces = [*tokenizer.chat(messages, tools)]
     elif tools or any(message["content"] is None for message in messages):
         raise ValueError(f"{type(tokenizer).__name__} formats no tools: take a ToolTokenizer, as TextTokenizer is")
     else:
         pieces = [*tokenizer.chat(messages)]
-        encode_pieces = partial(_encode_separately, tokenizer)
     answers = [number for number, (_, counted) in enumerate(pieces) if counted]
     context = sum(message["role"] == "assistant" for message in messages[: conversation.prompt_messages])
     learned = {*answers[context:]}
-    tokens: list[int] = []
-    counts: list[bool] = []
-    for number, piece_tokens in enumerate(encode_pieces([piece for piece, _ in pieces])):
-        tokens += piece_tokens
-        counts += [number in learned] * len(piece_tokens)
-    texts = [piece for piece, _ in pieces[: max(learned) + 1]]
-    end = sum(map(len, encode_pieces([*texts[:-1], texts[-1].rstrip()])))
+    if not learned:
+        raise ValueError(f"{type(tokenizer).__name__} marks nothing of it as the assistant's")
+    last = answers[-1]
+    answer = pieces[last][0].rstrip()
+    if isinstance(tokenizer, ToolTokenizer):
+        # What follows the token that ends the answer is a piece of its own
+        pieces[last : last + 1] = [(answer, True), (pieces[last][0][len(answer) :], True)]
+        learned.add(last + 1)
+        encoded = tokenizer.encode_pieces([piece for piece, _ in pieces])
+        end = sum(map(len, encoded[: last + 1]))
+    else:
+        encoded = [tokenizer.encode(piece, False) for piece, _ in pieces]
+        end = sum(map(len, encoded[:last])) + len(tokenizer.encode(answer, False))
+    tokens = [token for piece_tokens in encoded for token in piece_tokens]
+    counts = [number in learned for number, piece_tokens in enumerate(encoded) for _ in piece_tokens]
     text = "".join(piece for piece, _ in pieces)
     findings = [
         f"the chat template leaves out the message of the {message['role']}"
@@ -392,10 +398,6 @@ def _conversation_tokens_mask_end_and_findings(
     if isinstance(tokenizer, ToolTokenizer) and tokens[end - 1] not in tokenizer.special:
         findings.append(NO_END)
     return tokens, counts, end, tuple(dict.fromkeys(findings))
-
-
-def _encode_separately(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[Sequence[int]]:
-    return [tokenizer.encode(piece, False) for piece in pieces]
 
 
 def _is_written(content: str | None, text: str) -> bool:

@@ -105,6 +105,8 @@ def test_names_of_the_hub_are_no_paths(tmp_path, monkeypatch):
         assert is_hub_data_set_name(name), name
     for name in ("me/here", "./qa", "~/qa", "/me/qa", "a/b/c", "qa", "me/qa.csv", "me/", "me/qa:", "../qa"):
         assert not is_hub_data_set_name(name), name
+    for name in ("me/qa:a:b:c", "me/qa:train[:9]", "a/b.gguf"):
+        assert not is_hub_data_set_name(name), name
 
 
 def test_parquet_is_read_without_the_nulls_that_it_fills_in(tmp_path):
@@ -152,3 +154,28 @@ def test_a_data_set_of_the_hub_is_read_by_its_split_and_config(tmp_path, monkeyp
     assert asked == [("me/qa", None, "train", 1), ("me/qa", None, "test", 1), ("me/qa", "main", "test", 1)]
     with pytest.raises(FileError, match="^cannot read 'a/qa': there is no such file or folder here.*reach 'a/qa'"):
         read_data_files("a/qa")
+
+
+def test_of_errors_of_a_data_set_those_of_the_library_are_turned_alone(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install '.[data]'")
+    from datasets.exceptions import DatasetGenerationError
+
+    def load_dataset(*arguments, **options):
+        raise error from cause
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    wrapped = DatasetGenerationError("An error occurred while generating the dataset")
+    for error, cause in (
+        (MemoryError("m"), None), (KeyboardInterrupt("k"), None), (KeyError("a"), None), (wrapped, MemoryError("m"))
+    ):  # fmt: skip
+        expected = error if cause is None else cause
+        with pytest.raises(type(expected), match=str(expected)) as caught:
+            read_data_files("me/qa")
+        assert caught.value is expected
+    for error, cause in (
+        (ValueError("Unknown split"), None), (OSError("No space left"), None), (RuntimeError("scripts"), None),
+        (wrapped, ValueError("line 3 is no JSON")),
+    ):  # fmt: skip
+        with pytest.raises(FileError, match=f"^cannot read 'me/qa': .*{cause or error}"):
+            read_data_files("me/qa")

@@ -61,13 +61,13 @@ class TextTokenizer:
         it, the text is cut: a prompt has the tokens that it has without its answer.
         """
         encoded: list[Sequence[int]] = []
-        text, before = "", 0
+        text, before = "", list[int]()
         for piece in pieces:
-            tokens = self.encode(text + piece, False)
-            if tokens[:before] != (self.encode(text, False) if text else []):
-                text, before, tokens = "", 0, self.encode(piece, False)
-            encoded.append(tokens[before:])
-            text, before = text + piece, len(tokens)
+            tokens = [*self.encode(text + piece, False)]
+            if tokens[: len(before)] != before:
+                text, before, tokens = "", [], [*self.encode(piece, False)]
+            encoded.append(tokens[len(before) :])
+            text, before = text + piece, tokens
         return encoded
 
     def reserved_texts(self) -> frozenset[str]:

@@ -350,6 +350,20 @@ def test_pieces_have_the_tokens_that_they_have_in_the_text():
     assert pieces[0] == TextTokenizer(tokenizer).encode("[INST]q[/INST]", False)
 
 
+@pytest.mark.parametrize("name", ["qwen2_5", "phi3"])
+def test_no_text_of_a_conversation_is_encoded_twice(name):
+    encoded_texts = []
+
+    class Counting(TextTokenizer):
+        def encode(self, text, special):
+            encoded_texts.append(text)
+            return super().encode(text, special)
+
+    encode_rows([DataFile("a", [Row("line 1", {"messages": TALK})], "")], Counting(family(name)), RowOptions())
+    assert len(encoded_texts) - len({*encoded_texts}) <= 1  # where nothing follows the end of the answer
+    assert len(encoded_texts) <= 1 + len(TALK) + 1  # with the empty text, whose tokens begin each text
+
+
 def test_a_prompt_keeps_the_tokens_that_it_has_without_its_answer():
     """Where an answer changes the last token of its prompt, the text is cut: generation has the prompt alone."""
     made = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
