@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
+import warnings
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +15,20 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from lowmem.errors import file_error
 from lowmem.io.adapter_files import load_adapter, resolve_adapter_path_and_name, save_adapter
-from lowmem.io.filesystem import check_not_exists, check_outside_inputs, exclusive_write_lock, scratch_folder
+from lowmem.io.filesystem import (
+    atomic_file,
+    check_not_exists,
+    check_outside_inputs,
+    exclusive_write_lock,
+    open_regular_file,
+    scratch_folder,
+)
 from lowmem.io.formats.export_model import checked_or_inferred_export_format, export, export_targets_by_format_name
 from lowmem.io.formats.export_results import Exported, combined_relative_rms_error
+from lowmem.io.formats.gguf.gguf_file import read_gguf_header
+from lowmem.io.formats.gguf.gguf_tensor_names import tensor_name_map_from_metadata
 from lowmem.io.formats.lazy_model import open_lazy_model
+from lowmem.io.formats.open_foreign import open_foreign_checkpoint
 from lowmem.io.formats.peft.peft_reader import adapter_folders_without_model
 from lowmem.io.hub_names import displayed_model_name
 from lowmem.io.shards import INDEX
@@ -126,7 +138,7 @@ def _export_base_and_adapter(arguments: argparse.Namespace, format_name: str, ad
     from lowmem.integrations.transformers.adapted_folder import write_base_with_tokenizer
     from lowmem.integrations.transformers.model_facts import delayed_transformers_log
     from lowmem.integrations.transformers.pretrained_folder import (
-        load_folder,
+        load_folder_or_gguf,
         quantize_folder,
         weights_read_reported,
     )
@@ -138,10 +150,9 @@ def _export_base_and_adapter(arguments: argparse.Namespace, format_name: str, ad
     named_base = None if arguments.base is None else fetch_model(arguments.base)
     base, technique = adapter_base_and_technique(folder, named_base, arguments.dense_base, fetch_base)
     check_outside_inputs(arguments.out, {"the base": base})
-    if base.is_file():
-        why = "it is a GGUF file already: save_adapter(model, OUT, format='gguf') writes the adapter alone"
-        raise file_error(base, why, "export")
     kind = "gguf" if format_name == "gguf" else "peft"
+    if base.is_file():
+        _check_file_is_exported_as_it_is(arguments, base, kind)
     with (
         exclusive_write_lock(arguments.out),
         warnings_printed_as_notes(),
@@ -158,14 +169,54 @@ def _export_base_and_adapter(arguments: argparse.Namespace, format_name: str, ad
                 stored_base = scratch / Path(displayed_model_name(base.resolve())).name
                 quantize_folder(base, stored_base, technique)
             base = stored_base
-        model = load_adapter(load_folder(base), folder, adapter_name)
+        model = load_adapter(load_folder_or_gguf(base), folder, adapter_name)
         save_adapter(model, adapter_out, format=kind, **({} if kind == "gguf" else {"base_name": str(arguments.out)}))
         undo.callback(shutil.rmtree if adapter_out.is_dir() else os.unlink, adapter_out)
         del model
-        write_base_with_tokenizer(base, folder, scratch / "source")
-        rows = _export_model(arguments, scratch / "source", format_name)
+        if base.is_file():
+            _warn_of_another_chat_template(base, folder)
+            rows = _copy_gguf(base, arguments.out)
+        else:
+            write_base_with_tokenizer(base, folder, scratch / "source")
+            rows = _export_model(arguments, scratch / "source", format_name)
         undo.pop_all()
     return rows
+
+
+def _check_file_is_exported_as_it_is(arguments: argparse.Namespace, base: Path, kind: str) -> None:
+    """Raise an error for what cannot be written of a base that is a GGUF file."""
+    given = next((name for name in ("dtype", "like") if getattr(arguments, name)), None)
+    if kind != "gguf" or given is not None:
+        what = f"as {arguments.format}" if kind != "gguf" else f"with {option_string(str(given))}"
+        quantize = shlex.join(["lowmem", "quantize", str(base), "FOLDER"])
+        why = f"it is a GGUF file, written {what} from a folder: run `{quantize}`, and name that with --base FOLDER"
+        raise file_error(base, why, "export")
+
+
+def _copy_gguf(source: Path, out: Path) -> list[Exported]:
+    """Write a GGUF file as it is; return its rows."""
+    with open_foreign_checkpoint(source) as checkpoint, open_regular_file(source) as file:
+        names = tensor_name_map_from_metadata(read_gguf_header(source, file).metadata)
+        rows = [
+            Exported(name, item.shape, item.kind, item.kind, item.nbytes, item.nbytes, None, names.gguf_name(name))
+            for name, item in checkpoint.tensors.items()
+        ]
+        file.seek(0)
+        with atomic_file(out, overwrite=False) as copied:
+            shutil.copyfileobj(file, copied)
+    return sorted(rows, key=lambda row: row.name)
+
+
+def _warn_of_another_chat_template(base: Path, adapter_folder: Path) -> None:
+    """Warn if an adapter was trained with another chat template than that of a GGUF file."""
+    from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
+
+    file = adapter_folder / "chat_template.jinja"
+    if file.is_file() and file.read_text(encoding="utf8") != read_tokenizer(base).chat_template:
+        text = (
+            f"the adapter was trained with another chat template: llama-server --chat-template-file {file} takes it"
+        )
+        warnings.warn(text, UserWarning, stacklevel=2)
 
 
 def _source_weight_bytes(source: Path) -> int:

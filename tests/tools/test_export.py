@@ -12,7 +12,8 @@ from torch import nn
 import lowmem
 from lowmem import FourBit, convert, save
 from lowmem.__main__ import main
-from lowmem.io.filesystem import exclusive_write_lock
+from lowmem.io.filesystem import exclusive_write_lock, open_regular_file
+from lowmem.io.formats.gguf.gguf_file import read_gguf_header
 from lowmem.io.formats.open_foreign import open_foreign_checkpoint
 from tests.io.formats.folders import fourbit, weights_of, write_folder
 
@@ -153,3 +154,31 @@ def test_an_export_that_fails_leaves_neither_base_nor_adapter(tuned, refused):
     assert "name the base with --base" in refused("export", "tuned", "out.gguf", "--dense-base")
     Path("elsewhere").rename("llama")
     assert names_here() == before
+
+
+def test_an_adapter_of_a_gguf_file_goes_beside_a_copy_of_it(place, capsys, refused):
+    pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+    assert main(["quantize", "llama", "small", "--format", "q4_0"]) == 0
+    assert main(["export", "small", "base.gguf", "--requantize"]) == 0
+    assert main(["fit", "base.gguf", "--data", "data.jsonl", "--steps", "2", "--lr", "0.01", "--save", "tuned"]) == 0
+    capsys.readouterr()
+    assert main(["export", "tuned", "out.gguf"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == "saved out.gguf\nsaved out-adapter.gguf\n"
+    assert "gguf: 20 of 20 weights as they were" in shown.out
+    assert Path("out.gguf").read_bytes() == Path("base.gguf").read_bytes()
+    with open_regular_file(Path("out-adapter.gguf")) as file:
+        assert "blk.0.ffn_up.weight.lora_a" in read_gguf_header(Path("out-adapter.gguf"), file).tensors
+    before = names_here()
+    for options in (["out", "--format", "bitsandbytes"], ["other.gguf", "--dtype", "f16"]):
+        told = refused("export", "tuned", *options)
+        assert "base.gguf FOLDER`, and name that with --base FOLDER" in told
+    assert names_here() == before
+    assert main(["quantize", "base.gguf", "folder"]) == 0
+    assert main(["export", "tuned", "out", "--format", "compressed-tensors", "--base", "folder"]) == 0
+    assert "the adapter says that it was trained on" in capsys.readouterr().err
+    (Path("tuned") / "chat_template.jinja").write_text("another")
+    capsys.readouterr()
+    assert main(["export", "tuned", "other.gguf"]) == 0
+    told = "the adapter was trained with another chat template: llama-server --chat-template-file tuned/chat_template"
+    assert told in capsys.readouterr().err

@@ -16,7 +16,8 @@ import lowmem
 from lowmem.__main__ import main
 from lowmem.integrations.transformers import LowmemConfig
 from lowmem.tools import fit_job
-from tests.integrations.transformers.folders import assert_same, load
+from tests.integrations.transformers.folders import assert_same, load, write
+from tests.integrations.transformers.tokens import write_tokenizer
 from tests.tools.test_fit_language import fit
 
 
@@ -41,8 +42,9 @@ def test_the_folder_opens_with_one_line_in_peft_and_transformers(base, place, ca
         for kind in (AutoModelForCausalLM, peft.AutoPeftModelForCausalLM):
             torch.testing.assert_close(kind.from_pretrained("out")(ids).logits, expected, rtol=1e-4, atol=1e-4)
     commands = re.findall(r"^next: lowmem (.*)$", told, flags=re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["generate", "merge", "export"]
     assert commands[0] == "generate out --prompt TEXT"  # of plain text no chat was learned
+    assert commands[1:] == ["export out out.gguf" + (" --requantize" if base == "stored" else "")]
+    assert main(commands[1].split()) == 0
 
 
 def test_the_model_card_and_the_record_name_no_path_of_this_machine(place, capsys):
@@ -65,15 +67,35 @@ def test_the_base_has_the_name_that_is_given(place, capsys):
     card = Path("out", "README.md").read_text()
     assert "base_model: me/llama\n" in card
     assert "--base-name me/llama\n" in card
-    told = capsys.readouterr()
-    assert "\nnext: lowmem generate out --base llama --chat\n" in told.err
-    assert told.err.splitlines()[-1].startswith("next: lowmem export")
+    told = capsys.readouterr().err.splitlines()[-2:]
+    assert told == [
+        "next: lowmem generate out --base llama --chat", "next: lowmem export out out.gguf --base llama --requantize"
+    ]  # fmt: skip
+    assert main(told[1].split()[2:]) == 0
 
 
-def test_the_card_of_an_adapter_of_a_gguf_file_says_how_it_opens(place):
+@pytest.mark.parametrize("format_name", ["q8_0", "bfloat16"])
+def test_a_base_that_gguf_holds_exactly_is_not_quantized_again(format_name, place, capsys):
+    argv = ["fit", "llama", "--data", "text.txt", "--length", "48", "--steps", "1", "--save", "out"]
+    assert main([*argv, "--format", format_name]) == 0
+    assert capsys.readouterr().err.endswith("next: lowmem export out out.gguf\n")
+    assert main(["export", "out", "out.gguf"]) == 0
+
+
+def test_an_architecture_that_is_not_written_as_gguf_is_merged(place, capsys):
+    write_tokenizer(write(Path("experts"), "mixtral"))
+    argv = ["fit", "experts", "--data", "text.txt", "--length", "48", "--steps", "1", "--save", "out"]
+    assert main(argv) == 0
+    (merge,) = re.findall(r"^next: lowmem (merge .*)$", capsys.readouterr().err, re.MULTILINE)
+    assert merge == "merge experts out out-merged --to bfloat16"
+    assert main(merge.split()) == 0
+
+
+def test_the_card_of_an_adapter_of_a_gguf_file_says_how_it_opens(place, capsys):
     assert main(["quantize", "llama", "small"]) == 0
     assert main(["export", "small", "base.gguf", "--requantize"]) == 0
     assert main(["fit", "base.gguf", "--data", "text.txt", "--length", "48", "--steps", "1", "--save", "out"]) == 0
+    assert capsys.readouterr().err.endswith("next: lowmem export out out.gguf\n")
     card = Path("out", "README.md").read_text()
     assert "AutoModelForCausalLM" not in card
     assert 'load_adapter(from_exact("base.gguf"), "out")' in card
