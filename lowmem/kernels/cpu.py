@@ -405,14 +405,18 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
         """Return the scratch of ``quantize_rows`` in bytes per weight: a row's squares, and numbers in float32."""
         if not _can_quantize_in_c(into) or is_recording_operations():
             return reference.quantizing_bytes(rows, into)
-        return 16 / rows.shape[1] + (0 if _is_c_readable_matrix(rows) else 4)
+        copies = 2 * (into.encoding.divisor != 1) or not _is_c_readable_matrix(rows)
+        return 16 / rows.shape[1] + 4 * copies
 
     def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> Squares:
         """Quantize rows (rows, n) into the rows ``chunk`` of the matrix ``into``."""
         if not _can_quantize_in_c(into):
             return reference.quantize_rows(rows, into, chunk, importance)
         form, size, packed, stored = get_format(into.format), into.block_size, into.packed[chunk], into.scales[chunk]
-        encoding = _ENCODINGS[into.encoding.name, into.encoding.signed]
+        encoding, divisor = _ENCODINGS[into.encoding.name, into.encoding.signed], into.encoding.divisor
+        weights = rows
+        # C knows no divisor: weights and scales are divided, which is exact
+        rows = rows.float() / divisor if divisor != 1 else rows
         rows = rows if _is_c_readable_matrix(rows) else rows.float().contiguous()
         fits = _is_c_readable_matrix(rows) and all(
             is_plain_cpu_tensor(t) and t.is_contiguous() for t in (packed, stored)
@@ -421,7 +425,7 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
         if importance is not None:
             fits = fits and is_c_readable_float32(importance) and importance.shape == rows.shape[1:]
         if not fits or is_recording_operations() or not rows.numel():
-            return reference.quantize_rows(rows, into, chunk, importance)
+            return reference.quantize_rows(weights, into, chunk, importance)
         levels, boundaries = c_float_array(form.levels), c_float_array(form.boundaries)
         candidates = c_float_array(CANDIDATES if into.method == "search" else ())
         count, columns = rows.shape
@@ -441,7 +445,7 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
             boundaries.buffer_info()[0],
             *candidates.buffer_info(),
             0 if importance is None else importance.data_ptr(),
-            *unpack("@2I", c_float_array((into.encoding.largest, form.top)).tobytes()),  # the bits of each
+            *unpack("@2I", c_float_array((into.encoding.largest / divisor, form.top)).tobytes()),  # the bits of each
             form.divisor,
             form.zero_code,
             form.signed,
@@ -450,7 +454,10 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
         )
         if not held:
             # Raises the error
-            return reference.quantize_rows(rows, into, chunk, importance)
+            return reference.quantize_rows(weights, into, chunk, importance)
+        if divisor != 1:
+            stored.mul_(divisor)
+            squares.mul_(divisor**2)
         return _square_sums_over_rows(squares)
 
     def squares(self, x: Tensor, other: Tensor) -> Squares:

@@ -31,6 +31,8 @@ class Format:
         signed: whether a scale takes the sign of its block's largest weight. That weight then always falls on the
             largest level, and the smallest level can be closer to zero.
         search: whether scales are chosen by search by default (``lowmem.quant.scale_search``).
+        ggml_divisor: a power of two. ggml stores a scale divided by it, in float16, so that float16 scales here are
+            multiples of it times 2^-24, the least float16.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Format:
     source: str
     signed: bool = False
     search: bool = False
+    ggml_divisor: float = 1.0
 
     def __post_init__(self) -> None:
         if len(self.levels) not in (16, 256) or list(self.levels) != sorted(self.levels):
@@ -184,6 +187,7 @@ IMPORTED = _formats_by_name(
         source="signed 4-bit integers: Q4_0 of ggml, symmetric GPTQ, AWQ and compressed-tensors",
         signed=True,
         search=True,
+        ggml_divisor=8.0,
     ),
     Format(
         name="iq4_nl",
@@ -193,6 +197,7 @@ IMPORTED = _formats_by_name(
         source="IQ4_NL and IQ4_XS of ggml",
         signed=True,
         search=True,
+        ggml_divisor=128.0,
     ),
     Format(
         name="uint4",
@@ -200,6 +205,7 @@ IMPORTED = _formats_by_name(
         block_size=32,
         scales="float16_offsets",
         source="4-bit integers with offsets: Q4_1 and Q4_K of ggml, asymmetric GPTQ and AWQ",
+        ggml_divisor=16.0,
     ),
     Format(
         name="bnb_fp4",

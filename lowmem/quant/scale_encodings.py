@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from types import MappingProxyType
 
 import torch
@@ -35,6 +36,7 @@ class ScaleEncoding:
         extra_per_row: stored elements per row beyond one per block.
         signed: whether a scale can be negative.
         offsets: whether offsets lie behind the scales. ``encode`` then takes and returns scales alone.
+        divisor: a power of two: stored scales divided by it are float16, too.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ScaleEncoding:
     extra_per_row: int = 0
     signed: bool = True
     offsets: bool = False
+    divisor: float = 1.0
 
     def stored_row_length(self, block_count: int) -> int:
         """Return the stored elements of a row of ``block_count`` blocks."""
@@ -194,8 +197,21 @@ OFFSETS = MappingProxyType(
 _SIGNED_DOUBLE = _double_scale_encoding(127)
 
 
-def get_scale_encoding(encoding_name: str, signed: bool = False) -> ScaleEncoding:
-    """Return ``ENCODINGS[name]`` or ``OFFSETS[name]``, or its variant with negative scales if ``signed``.
+@cache
+def _float16_encoding_with_divisor(name: str, divisor: float) -> ScaleEncoding:
+    """Return the encoding of float16 scales that are float16 when they are divided, too."""
+    encoding = ENCODINGS[name] if name in ENCODINGS else OFFSETS[name]
+    return replace(
+        encoding,
+        encode=lambda scales: (encoding.encode(scales / divisor).float() * divisor).to(torch.float16),
+        encoding_loss_bound=lambda stored: encoding.encoding_loss_bound(stored).clamp_min(divisor * 2**-24),
+        divisor=divisor,
+    )
+
+
+def get_scale_encoding(encoding_name: str, signed: bool = False, ggml_divisor: float = 1.0) -> ScaleEncoding:
+    """Return ``ENCODINGS[name]`` or ``OFFSETS[name]``, or its variant with negative scales if ``signed``; of float16
+    scales the variant of a format with this divisor.
 
     Raises:
         ValueError: there is no such encoding; the choices are listed.
@@ -206,4 +222,6 @@ def get_scale_encoding(encoding_name: str, signed: bool = False) -> ScaleEncodin
         raise ValueError(
             f"scales={short_repr(encoding_name)} is unknown: choose from {', '.join([*ENCODINGS, *OFFSETS])}"
         ) from None
+    if ggml_divisor != 1 and encoding.dtype == torch.float16:
+        return _float16_encoding_with_divisor(encoding_name, ggml_divisor)
     return encoding if encoding.signed or not signed else _SIGNED_DOUBLE

@@ -146,7 +146,8 @@ class QuantizedTensor:
     @property
     def encoding(self) -> ScaleEncoding:
         """The encoding of the scales."""
-        return get_scale_encoding(self.scale_encoding, get_format(self.format).signed)
+        form = get_format(self.format)
+        return get_scale_encoding(self.scale_encoding, form.signed, form.ggml_divisor)
 
     @property
     def nbytes(self) -> int:

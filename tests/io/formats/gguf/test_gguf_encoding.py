@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import lowmem
@@ -182,12 +182,40 @@ def test_every_scale_and_code_of_q8_0_has_the_bits_of_ggml_and_comes_back():
             imported_quantized_tensor(packed[:1], torch.full((1, 8), broken), (1, 256), block.format, 32)
 
 
-@given(strategies.weights(views=False, max_exponent=12), st.sampled_from([32, 64]))
-def test_own_weights_in_q8_0_have_a_type_of_gguf_whatever_their_size(weight, size):
+OWN = ["q4_0", "iq4_nl", "q8_0"]
+
+
+def test_the_divisors_of_scales_are_those_of_the_formats():
+    for format, kind in KINDS.items():
+        assert (BLOCKS[kind].divisor or 1.0) == get_format(format).ggml_divisor
+
+
+@given(strategies.weights(views=False, max_exponent=12), st.sampled_from(OWN), st.sampled_from([32, 64]))
+@example(torch.full((1, 32), 1e-3), "iq4_nl", 32)
+@example(torch.full((1, 32), 1e-5), "q4_0", 32)
+@example(torch.full((1, 32), 65504.0), "iq4_nl", 32)
+def test_own_weights_have_a_type_of_gguf_whatever_their_size(weight, format, size):
+    """ggml stores a scale divided by 8 or 128 in float16, where small ones are subnormal."""
     rows = weight.reshape(-1, weight.shape[-1])
-    stored = lowmem.quantize(torch.nn.functional.pad(rows, (0, -rows.shape[1] % 32)), "q8_0", block_size=size)
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 32))
+    assume(format == "q8_0" or float(rows.abs().max()) <= 65504)
+    stored = lowmem.quantize(rows, format, block_size=size)
     found = as_read(exact_blocks_of_32_or_none(stored))
     assert torch.equal(found.dequantize(), stored.dequantize())
+    assert ((rows.double() - stored.dequantize()).abs() <= stored.error_bound()).all()
+    with lowmem.kernels.temporary_cpu_backend("reference"):
+        again = lowmem.quantize(rows, format, block_size=size)
+    assert torch.equal(again.packed, stored.packed)
+    assert torch.equal(again.scales, stored.scales)
+
+
+@pytest.mark.parametrize("format", OWN[:2])
+def test_small_weights_that_are_calibrated_have_a_type_of_gguf(format):
+    layer = torch.nn.Linear(64, 32, bias=False)
+    layer.weight.data.mul_(1e-3)
+    model = lowmem.calibrate(torch.nn.Sequential(layer), [torch.randn(64, 64)], lowmem.FourBit(format))
+    assert model[0].quantized.method == "calibrated"
+    assert exact_blocks_of_32_or_none(model[0].quantized) is not None
 
 
 def test_the_errors_on_the_page_are_those_of_normal_weights():
