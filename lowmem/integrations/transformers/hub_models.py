@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from lowmem.errors import error_type_and_first_line, file_error, printable_line, short_repr
+from lowmem.errors import error_type_and_first_line, file_error, printable_line, quoted_path, short_repr
 from lowmem.io.formats.peft.peft_reader import CONFIG as ADAPTER_CONFIG
 from lowmem.io.formats.peft.peft_reader import WEIGHTS as ADAPTER_WEIGHTS
 from lowmem.io.model_folder import CONFIG, WEIGHT_FILE_ENDINGS, WEIGHTS, is_config_or_tokenizer_file
@@ -163,10 +163,9 @@ def _failure_text(name: str, revision: str, reason: Exception) -> str:
 def _download_error(name: str, revision: str | None, missing: str | None, why: str) -> ValueError:
     option = "" if revision is None else f" --revision {printable_line(revision, 60)}"
     lacks = "lacks it" if missing in (None, CONFIG) else f"lacks its {missing}"
-    cache = printable_line(constants.HF_HUB_CACHE, 80)
     return ValueError(
-        f"model={name!r} is no file or folder here, the cache {cache} {lacks}, and {why}; "
-        f"`hf download {name}{option}` fetches it"
+        f"model={name!r} is no file or folder here, the cache {quoted_path(constants.HF_HUB_CACHE)} {lacks}, "
+        f"and {why}; `hf download {name}{option}` fetches it"
     )
 
 
