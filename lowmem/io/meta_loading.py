@@ -37,7 +37,7 @@ from lowmem.transforms.module_registry import (
     layer_display_name,
     set_or_clear_dense_reasons,
 )
-from lowmem.transforms.module_replacement import commit_replacements_and_freeze
+from lowmem.transforms.module_replacement import commit_replacements_and_freeze_if_adapted
 from lowmem.transforms.named_adapters import add_adapter_and_freeze_rest
 from lowmem.transforms.tied_weights import restore_shared_biases_to_dense, weight_memory_key
 
@@ -134,7 +134,7 @@ def _replace_recorded_layers(model: nn.Module, records: Mapping[str, object]) ->
             else made
         )
     restore_shared_biases_to_dense(model, replacements)
-    commit_replacements_and_freeze(model, replacements)
+    commit_replacements_and_freeze_if_adapted(model, replacements)
     set_or_clear_dense_reasons(
         {module: "dense in the file" for module in all_paths_by_module(model) if module not in replacements}
     )

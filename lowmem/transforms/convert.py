@@ -25,7 +25,7 @@ from lowmem.transforms.bits_per_weight import (
 from lowmem.transforms.converted_copies import StoreFactory, cached_store_factory, converted_copy
 from lowmem.transforms.model_checks import check_layers_are_changeable
 from lowmem.transforms.module_registry import ModuleFilter, Technique, all_paths_by_module, check_is_module
-from lowmem.transforms.module_replacement import commit_replacements_and_freeze
+from lowmem.transforms.module_replacement import commit_replacements_and_freeze_if_adapted
 from lowmem.transforms.module_selection import record_user_exclusions, select_paths_and_names_by_module
 from lowmem.transforms.technique_assignment import techniques_and_budget_by_layer
 from lowmem.transforms.tied_weights import restore_shared_biases_to_dense
@@ -121,7 +121,7 @@ def convert(
         check_layers_are_changeable("convert", {layer: paths[layer][0] for layer in placed})
     warning_texts = [dense_weights_warning_or_none(model, replacements, type(techniques[0]), where, skip)]
     warning_texts += adapter_warning_texts(model, placed) if placed else []
-    commit_replacements_and_freeze(model, replacements)
+    commit_replacements_and_freeze_if_adapted(model, replacements)
     record_user_exclusions(model, where, skip, type(techniques[0]))
     for text in filter(None, warning_texts):
         # The caller of the wrapped function

@@ -40,7 +40,10 @@ from lowmem.transforms.converted_copies import cached_store_factory
 from lowmem.transforms.meta_device import check_model_factory, make_model_with_meta_parameters
 from lowmem.transforms.model_summary import aligned_table_lines
 from lowmem.transforms.module_registry import ModuleFilter, Technique, storage_technique_type_or_none
-from lowmem.transforms.module_replacement import commit_replacements_and_freeze, iterate_integrations_or_warn
+from lowmem.transforms.module_replacement import (
+    commit_replacements_and_freeze_if_adapted,
+    iterate_integrations_or_warn,
+)
 
 OPTIMIZERS: MappingProxyType[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = MappingProxyType(
     {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
@@ -301,7 +304,7 @@ def convert_on_meta_and_count_bytes(
         storing = (
             _STORING if any(isinstance(replacement, StoredModule) for replacement in replacements.values()) else 0
         )
-        commit_replacements_and_freeze(model, replacements)
+        commit_replacements_and_freeze_if_adapted(model, replacements)
     after = dict.fromkeys([*model.parameters(), *model.buffers()])
     before = measure.nbytes(dense)
     return MetaModelAndByteCounts(

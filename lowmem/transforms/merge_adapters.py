@@ -33,7 +33,7 @@ from lowmem.transforms.model_summary import aligned_table_lines
 from lowmem.transforms.module_registry import all_paths_by_module, layer_display_name, layer_or_parameter_path
 from lowmem.transforms.module_replacement import (
     let_integrations_adopt_model,
-    replace_modules_in_place,
+    replace_modules_and_update_encoder_nesting,
     with_model_lock,
 )
 
@@ -227,7 +227,7 @@ def merge(
         layer: unadapted_shallow_copy(layer) if layer in unchanged_layers else done.layer
         for layer, done in merge_results.items()
     }
-    replace_modules_in_place(model, copies)
+    replace_modules_and_update_encoder_nesting(model, copies)
     discard_inactive_buffers(model)
     let_integrations_adopt_model(model)
     return (model, merge_report) if report else model

@@ -55,7 +55,7 @@ def with_model_lock(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 @with_model_lock
-def commit_replacements_and_freeze(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+def commit_replacements_and_freeze_if_adapted(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Turn modules, in place, into what ``converted_copy`` has made of them; if some get adapters, freeze the rest.
 
     Raises:
@@ -76,7 +76,7 @@ def commit_replacements_and_freeze(model: nn.Module, replacements: Mapping[nn.Mo
     adapted = [new for new in changed.values() if isinstance(new, AdaptedModule)]
     if adapted:
         share_adapters_of_tied_embeddings(adapted)
-    replace_modules_in_place(model, changed)
+    replace_modules_and_update_encoder_nesting(model, changed)
     if adapted:
         freeze_non_adapter_parameters(model)
         sync_buffers_with_adapters(model)
@@ -91,8 +91,11 @@ def _possible_original_classes(converted: nn.Module) -> list[type[nn.Module]]:
 
 
 @with_model_lock
-def replace_modules_in_place(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
-    """Turn modules of a model, in place, into copies of them with or without adapters or stored parameters."""
+def replace_modules_and_update_encoder_nesting(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
+    """Turn modules of a model, in place, into copies of them with or without adapters or stored parameters.
+
+    Encoders with adapters take no nested tensors.
+    """
     for module, copied in replacements.items():
         replace_class_and_parameters(module, copied)
     for encoder in model.modules():

@@ -35,7 +35,7 @@ from lowmem.transforms.module_registry import layer_display_name, layer_or_param
 from lowmem.transforms.module_replacement import (
     freeze_non_adapter_parameters,
     let_integrations_adopt_model,
-    replace_modules_in_place,
+    replace_modules_and_update_encoder_nesting,
     with_model_lock,
 )
 from lowmem.transforms.module_selection import (
@@ -133,7 +133,7 @@ def add_adapter_and_freeze_rest(
             parameter_name: Adapter(module, technique, None, parameter_name)
             for parameter_name, technique in techniques.items()
         }
-    replace_modules_in_place(model, made)
+    replace_modules_and_update_encoder_nesting(model, made)
     for module, parts in added.items():
         module.adapters.add_and_activate(adapter_name, parts)
     share_adapters_of_tied_embeddings([*made, *added])
@@ -264,7 +264,7 @@ def delete_adapter(model: M, name: str) -> M:
         ValueError: the model has no such adapter, or it is merged.
     """
     layers = _adapted_layer_paths_or_raise(model, [name], unmerged_adapters=[name])
-    replace_modules_in_place(
+    replace_modules_and_update_encoder_nesting(
         model, {layer: unadapted_shallow_copy(layer) for layer in layers if layer.adapters.names == (name,)}
     )
     for layer in first_path_by_adapted_layer(model):

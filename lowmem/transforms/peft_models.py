@@ -115,9 +115,9 @@ def _check_prompt_embedding_is_dense(model: Any) -> None:
 def register_global_peft_check_hook() -> None:
     """Check all modules that become parts of PEFT's from now on, if PEFT is installed.
 
-    ``commit_replacements_and_freeze`` calls it with the first stored module. The hook is one for all modules, because
-    ``get_peft_model``
-    calls nothing of the model that it is given: without the hook it leaves out ``target_parameters`` in silence.
+    ``commit_replacements_and_freeze_if_adapted`` calls it with the first stored module. The hook is one for all
+    modules, because ``get_peft_model`` calls nothing of the model that it is given: without the hook it leaves out
+    ``target_parameters`` in silence.
     """
     if "peft" in sys.modules or find_spec("peft") is not None:
         register_module_module_registration_hook(_check_peft_child_now_or_later)

@@ -16,7 +16,7 @@ from lowmem import FourBit, Half, Linear4Bit, LoRA, LoRALinear, add_adapter, con
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms import converted_copies as store_module
 from lowmem.transforms import module_replacement as commit_module
-from lowmem.transforms.module_replacement import commit_replacements_and_freeze
+from lowmem.transforms.module_replacement import commit_replacements_and_freeze_if_adapted
 from tests.transforms.models import Odd
 from tests.transforms.test_named_adapters import make_adapted
 
@@ -27,7 +27,7 @@ def test_a_layer_that_left_the_model_is_not_replaced():
     kept, gone = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     model = torch.nn.Sequential(kept)
     with pytest.raises(RuntimeError, match="^a Linear to convert left Sequential meanwhile"):
-        commit_replacements_and_freeze(
+        commit_replacements_and_freeze_if_adapted(
             model, {layer: convert(copy.deepcopy(layer), Half()) for layer in (kept, gone)}
         )
     assert type(model[0]) is torch.nn.Linear

@@ -86,7 +86,7 @@ class OnLoadWeightStorer:
         """Whether two tied parameters are both stored or both dense."""
         return (target in self._places) == (source in self._places)
 
-    def process_parameter(self, name: str, value: Tensor, missing_names: set[str] | None) -> bool:
+    def process_parameter_and_check_if_taken(self, name: str, value: Tensor, missing_names: set[str] | None) -> bool:
         """Store a parameter that was read, and remove its name from ``missing_names``, those that were not read yet.
 
         Returns:
@@ -146,7 +146,7 @@ class OnLoadWeightStorer:
             ):
                 continue
             if name not in missing or self._weights[module] or self._computed(name):
-                self.process_parameter(name, parameter.detach(), None)
+                self.process_parameter_and_check_if_taken(name, parameter.detach(), None)
 
     def _dense_shape(self, module: nn.Module, name: str) -> torch.Size:
         parameter = module._parameters.get(name)
@@ -210,7 +210,7 @@ class OnLoadBudgetLossMeasurer(OnLoadWeightStorer):
         """Whether the model has a parameter of this name."""
         return parameter_name in self._shared
 
-    def process_parameter(self, name: str, value: Tensor, missing_names: set[str] | None) -> bool:
+    def process_parameter_and_check_if_taken(self, name: str, value: Tensor, missing_names: set[str] | None) -> bool:
         """Measure a parameter that was read, if it is to be stored."""
         shared = self._shared[name]
         if shared.places and self._error is None:

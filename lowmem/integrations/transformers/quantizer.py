@@ -81,7 +81,7 @@ class _StoreWhileLoading(ConversionOps):  # type: ignore[misc]
         while input_dict:
             name, value = input_dict.popitem()
             tensor = value[0] if isinstance(value, list) else value
-            if not self._storing.should_process(name) or not self._storing.process_parameter(
+            if not self._storing.should_process(name) or not self._storing.process_parameter_and_check_if_taken(
                 name, tensor, missing_keys
             ):
                 left[name] = value
@@ -143,12 +143,16 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
                 adapter of PEFT leaves out parameters that it names.
         """
         model = self._model()
-        if model is None:
-            return True
+        if model is not None:
+            self._check_trains_more_than_dense_parameters(model)
+        return True
+
+    def _check_trains_more_than_dense_parameters(self, model: Any) -> None:
+        """Raise the errors of ``is_qat_trainable``."""
         check_no_stored_peft_targets(model, getattr(model, "peft_config", {}))
         adapted = any(isinstance(module, AdaptedModule) or is_peft_module(module) for module in model.modules())
         if adapted or self.quantization_config.train_dense:
-            return True
+            return
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if trained and any(isinstance(module, StoredModule) for module in model.modules()):
             raise ValueError(
@@ -157,7 +161,6 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
                 "adds one; where that is what you want, LowmemConfig(..., train_dense=True), or "
                 "model.hf_quantizer.quantization_config.train_dense = True"
             )
-        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -60,7 +60,7 @@ from lowmem.transforms.module_registry import (
     layer_display_name,
     storable_parameter_names,
 )
-from lowmem.transforms.module_replacement import commit_replacements_and_freeze
+from lowmem.transforms.module_replacement import commit_replacements_and_freeze_if_adapted
 from lowmem.transforms.module_selection import record_user_exclusions, select_paths_and_names_by_module
 from lowmem.transforms.technique_assignment import techniques_and_budget_by_layer
 from lowmem.transforms.tied_weights import weight_memory_key
@@ -189,7 +189,7 @@ def calibrate(
     for text in run.iterate_warning_texts():
         # The caller of the wrapped function
         warnings.warn(text, UserWarning, stacklevel=3)
-    commit_replacements_and_freeze(model, run.replacements)
+    commit_replacements_and_freeze_if_adapted(model, run.replacements)
     record_user_exclusions(model, where, skip, FourBit)
     return model
 
