@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from lowmem.errors import error_type_and_first_line, file_error, quoted_path, short_repr
 from lowmem.io.filesystem import open_regular_file, read_errors_with_path, read_text_and_sha256
 from lowmem.io.hub_names import is_hub_name
 from lowmem.version import install_command
+
+_Reader: TypeAlias = "Callable[[Path], tuple[list[Row], str]]"
 
 
 @dataclass(frozen=True)
@@ -80,23 +82,41 @@ def read_data_files(path: str | Path) -> list[DataFile]:
     return [_read_data_file(file) for file in files]
 
 
+def check_data_path(path: str | Path) -> None:
+    """Raise an error for a path that ``read_data_files`` cannot read whatever the file holds.
+
+    Raises:
+        FileError: the name of a file has another suffix.
+        OSError: nothing is there.
+    """
+    if not is_hub_data_set_name(str(path)):
+        with read_errors_with_path(Path(path)):
+            if not Path(path).is_dir():
+                _reader_by_suffix(Path(path))
+                Path(path).stat()
+
+
 def combined_digest(files: Iterable[DataFile]) -> str:
     """Return the digest of a file, or of several together."""
     digests = [file.digest for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
-def _read_data_file(path: Path) -> DataFile:
-    read = READERS.get(path.suffix.lower())
-    if read is None:
+def _reader_by_suffix(path: Path) -> _Reader:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
         raise file_error(path, f"its name must end in {_SUFFIXES}")
-    rows, digest = read(path)
+    return reader
+
+
+def _read_data_file(path: Path) -> DataFile:
+    rows, digest = _reader_by_suffix(path)(path)
     if not rows:
         raise file_error(path, "it is empty; name a file with text")
     return DataFile(str(path), rows, digest)
 
 
-def _rows_of_text(rows_of: Callable[[Path, str], Iterator[Row]]) -> Callable[[Path], tuple[list[Row], str]]:
+def _rows_of_text(rows_of: Callable[[Path, str], Iterator[Row]]) -> _Reader:
     """Return the reader of files in UTF-8 whose text ``rows_of`` divides into rows."""
 
     def read(path: Path) -> tuple[list[Row], str]:
@@ -223,7 +243,7 @@ def _without_filled_nulls(value: Any) -> Any:
     return value
 
 
-READERS: dict[str, Callable[[Path], tuple[list[Row], str]]] = {
+READERS: dict[str, _Reader] = {
     ".txt": _rows_of_text(_text_rows),
     ".jsonl": _rows_of_text(_json_line_rows),
     ".json": _rows_of_text(_json_rows),

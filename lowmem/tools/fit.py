@@ -22,6 +22,7 @@ from lowmem.tools.arguments import (
     parse_positive_int,
 )
 from lowmem.tools.fit_data import add_data_arguments
+from lowmem.tools.fit_job import check_options
 from lowmem.tools.fit_settings import HELD_OUT_FROM, HELD_OUT_SHARE, MOST_HELD_OUT, WARMUP_RATIO
 from lowmem.tools.hub_arguments import add_revision_argument, fetch_model
 from lowmem.tools.named_models import folder_or_gguf_or_none
@@ -250,8 +251,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--dry-run measures a step on the CPU: leave --device={arguments.device} out")
     base = folder_or_gguf_or_none(arguments.model)
     if base is not None or is_hub_name(arguments.model):
-        if base is None and arguments.data is None:
-            raise ValueError(f"--data must name a file of texts to train model={arguments.model!r} on, as FILE.jsonl")
+        check_options(arguments)
         model = HubName(arguments.model) if base is None else base
         # Examples are shown by the tokenizer alone
         base = fetch_model(model, arguments.revision, weights=arguments.show is None)

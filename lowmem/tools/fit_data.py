@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import file_error, printable_line
-from lowmem.finetuning.data_files import DataFile, is_hub_data_set_name, read_data_files
+from lowmem.finetuning.data_files import DataFile, check_data_path, is_hub_data_set_name, read_data_files
 from lowmem.finetuning.row_kinds import COLUMNS, RowOptions
 from lowmem.finetuning.text_examples import (
     ALL_MASKED,
@@ -22,6 +22,7 @@ from lowmem.finetuning.text_examples import (
     check_length,
     encode_rows,
 )
+from lowmem.io.filesystem import read_text_and_sha256
 from lowmem.tools.arguments import parse_positive_int
 from lowmem.tools.chat_arguments import (
     NO_TEMPLATE,
@@ -206,6 +207,21 @@ def read_fit_texts(
         notes.append(f"the chat template writes today's date into prompts: that of OUT writes {chat.date} every day")
     paths = tuple(map(Path, arguments.data))
     return FitTexts(tokenizer, paths, length, texts, held_out, options, chat, tuple(notes), window, lengths)
+
+
+def check_data_options(arguments: argparse.Namespace) -> None:
+    """Raise an error for options on data that are wrong for any model.
+
+    Raises:
+        ValueError: ``--columns`` names a key twice, or a file has another suffix.
+        OSError: a file is not here.
+    """
+    _columns(arguments.columns or ())
+    for path in (*arguments.data, arguments.eval_data):
+        if path is not None:
+            check_data_path(path)
+    if arguments.chat_template not in (None, NO_TEMPLATE):
+        read_text_and_sha256(Path(arguments.chat_template))
 
 
 def _columns(pairs: Sequence[tuple[str, str]]) -> Mapping[str, str]:

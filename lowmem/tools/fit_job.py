@@ -38,15 +38,18 @@ from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
 from lowmem.io.shards import INDEX, read_weight_map
 from lowmem.io.training_record import RECORD_FILE, StorageTechnique, technique_format_name
 from lowmem.nn.techniques import Budget, Half, LoRA, blockwise_technique
-from lowmem.tools.arguments import DEFAULT_RANK, option_string
+from lowmem.tools.arguments import DEFAULT_RANK, option_string, select_local_rank_device
 from lowmem.tools.chat_arguments import RECORD_KEY
-from lowmem.tools.fit_data import FitTexts, read_fit_texts
+from lowmem.tools.fit_data import FitTexts, check_data_options, read_fit_texts
 from lowmem.tools.fit_settings import WARMUP_RATIO, batches_of_default_step, is_given, take_options_of_run
 from lowmem.tools.output import escaped_and_truncated, finite_or_none
 from lowmem.version import __version__
 
 KEPT_BASE_WEIGHTS = 10**9
 """Weights above which ``--keep-base`` is named: storing as many takes minutes."""
+
+_MAX_TIMEOUT = 10**8
+"""Seconds, three years: PyTorch's times overflow with much more."""
 
 MAY_DIFFER = ("lr", "clip", "save_every", "batch_size", "accumulate", "processes", "device")
 """Settings that may change when a run resumes: those that help after a loss that was not finite, how often states are
@@ -205,16 +208,15 @@ def states_folder(save_path: Path) -> Path:
     return Path(f"{save_path}.training")
 
 
-def check_arguments_and_make_job(
-    arguments: argparse.Namespace,
-    model_path: Path,
-    process_count: int | None,
-    device: torch.device,
-    timeout: timedelta,
-) -> FineTuningJob:
-    """Check the arguments, and read the texts; no weights are read but for the digest of their files."""
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raise an error for options that are wrong for any model: a model of the Hub is fetched after this.
+
+    Raises:
+        ValueError: an option's value is out of range, or needs another option.
+        OSError: a file that an option names is not here, or OUT is.
+    """
     if arguments.data is None:
-        raise ValueError(f"--data must name a file of texts to train model={str(model_path)!r} on, as FILE.jsonl")
+        raise ValueError(f"--data must name a file of texts to train model={arguments.model!r} on, as FILE.jsonl")
     if arguments.resume and arguments.save is None:
         raise ValueError("--resume continues from the state beside OUT: name OUT with --save")
     if arguments.log is not None and arguments.save is None:
@@ -223,6 +225,32 @@ def check_arguments_and_make_job(
         share = getattr(arguments, name)
         if share is not None and share >= 1:
             raise ValueError(f"{option_string(name)}={share:g} must be below 1")
+    if arguments.keep_base and arguments.save is None:
+        raise ValueError("--keep-base writes a folder into OUT: name OUT with --save")
+    if arguments.shard and arguments.optimizer == "adamw8bit":
+        raise ValueError("--optimizer=adamw8bit has states that --shard cannot divide: take adamw, or --replicate")
+    how = "shard" if arguments.shard else "replicate" if arguments.replicate else None
+    if arguments.timeout is not None and how is None:
+        raise ValueError("--timeout applies to several processes: add --shard or --replicate")
+    if arguments.timeout is not None and not 0.001 <= arguments.timeout <= _MAX_TIMEOUT:
+        raise ValueError(f"--timeout={arguments.timeout:g} must be from 0.001 to {_MAX_TIMEOUT} seconds")
+    if arguments.dry_run and how is not None:
+        raise ValueError(f"--dry-run plans one process: leave --{how} out, and see docs/guides/many-machines.md")
+    select_local_rank_device(arguments.device)
+    _lora_from_arguments(arguments)
+    check_data_options(arguments)
+    if arguments.save is not None and not (arguments.resume or arguments.dry_run or arguments.show):
+        check_not_exists(arguments.save)
+
+
+def check_arguments_and_make_job(
+    arguments: argparse.Namespace,
+    model_path: Path,
+    process_count: int | None,
+    device: torch.device,
+    timeout: timedelta,
+) -> FineTuningJob:
+    """Check the arguments, and read the texts; no weights are read but for the digest of their files."""
     run = None
     if arguments.resume:
         from lowmem.integrations.transformers.model_facts import quantizing_program_or_none
@@ -234,8 +262,6 @@ def check_arguments_and_make_job(
         if run is not None:
             is_dense = quantizing_program_or_none(model_path) is None
             take_options_of_run(arguments, run, is_dense, process_count or 1)
-    if arguments.shard and arguments.optimizer == "adamw8bit":
-        raise ValueError("--optimizer=adamw8bit has states that --shard cannot divide: take adamw, or --replicate")
     technique, dense = _technique_and_is_dense(model_path, arguments.format, arguments.bits)
     base_notes = _check_and_describe_kept_base(arguments, model_path, technique)
     adapter = _lora_from_arguments(arguments)
@@ -297,8 +323,6 @@ def _check_and_describe_kept_base(
 ) -> list[str]:
     """Check ``--keep-base``; return a note that names it where storing the base again would take long."""
     if arguments.keep_base:
-        if arguments.save is None:
-            raise ValueError("--keep-base writes a folder into OUT: name OUT with --save")
         if technique is None:
             raise ValueError(
                 f"--keep-base keeps a base that is stored for training, and model={str(model_path)!r} is used as it "

@@ -25,8 +25,6 @@ def print_examples(arguments: argparse.Namespace, model_path: Path) -> int:
     from lowmem.integrations.transformers.model_facts import delayed_transformers_log, read_language_model_sizes
     from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
 
-    if arguments.data is None:
-        raise ValueError(f"--data must name a file of texts for model={str(model_path)!r}, as FILE.jsonl")
     with delayed_transformers_log(replay=False):
         vocabulary, _, positions, _ = read_language_model_sizes(model_path)
         data = read_fit_texts(arguments, read_tokenizer(model_path, vocabulary), positions)

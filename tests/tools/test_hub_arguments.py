@@ -157,7 +157,23 @@ def test_paths_never_reach_the_network(hub, refused, command):
 def test_options_are_checked_before_anything_is_fetched(hub, refused):
     refused("generate", "me/llama", "--prompt", "a", "--system", "b")
     refused("fit", "me/llama")
-    refused("fit", "me/llama", *FIT, "--dry-run", "--device", "cuda")
+    Path("there").mkdir()
+    for options in (
+        ["--dry-run", "--device", "cuda"],
+        ["--resume"],
+        ["--keep-base"],
+        ["--timeout", "3"],
+        ["--eval-share", "2"],
+        ["--dropout", "1"],
+        ["--from", "missing"],
+        ["--data", "missing.jsonl"],
+        ["--data", "a.doc"],
+        ["--eval-data", "missing.jsonl"],
+        ["--chat-template", "missing.jinja"],
+        ["--columns", "prompt=a", "prompt=b"],
+        ["--save", "there"],
+    ):
+        refused("fit", "me/llama", *FIT, *options)
     refused("compare", "me/llama", "me/llama", "--text", "text.txt", "--batch", "2")
     refused("stats", "me/llama", "--plan", "--device", "cuda")
     refused("quantize", "me/llama", "out", "--format", "int8", "--search")
