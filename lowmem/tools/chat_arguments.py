@@ -140,3 +140,19 @@ def _is_date_or_none(value: Any) -> bool:
         return value is None or bool(date.fromisoformat(value))
     except (ValueError, TypeError):
         return False
+
+
+def template_with_settings(template: str, settings: ChatSettings) -> str:
+    """Return a template that uses settings where neither the conversation nor the caller says anything else."""
+    # Python's literals of the values of JSON are Jinja's, too
+    parts = [
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
+        for name, value in settings.template_kwargs.items()
+        if name.isidentifier()
+    ]
+    if settings.system is not None:
+        message = repr({"role": "system", "content": settings.system})
+        condition = "not messages or messages[0]['role'] != 'system'"
+        parts.append(f"{{%- if {condition} %}}{{%- set messages = [{message}] + messages %}}{{%- endif %}}")
+    # So that the newline with which a template may begin stays
+    return "".join([*parts, "{{- '' }}", template]) if parts else template

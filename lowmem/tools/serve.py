@@ -11,7 +11,8 @@ from typing import Annotated, Any
 from lowmem.io.formats.peft.peft_reader import adapter_folders_without_model, check_not_adapters_only
 from lowmem.io.hub_names import hub_name_and_commit_or_none
 from lowmem.io.remote_code import empty_stdin
-from lowmem.io.training_record import kept_base_or_none
+from lowmem.io.training_record import RECORD_FILE, kept_base_or_none
+from lowmem.tools.chat_arguments import read_recorded_chat_settings, template_with_settings
 from lowmem.tools.hub_arguments import add_revision_argument, fetch_model, parse_model_path
 from lowmem.tools.serve_limits import LimitsMiddleware
 
@@ -50,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         checked_config_and_tensor_bytes,
         empty_model_on_meta,
     )
+    from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
 
     kept_base = kept_base_or_none(folder) if list(adapter_folders_without_model(folder)) == ["default"] else None
     if kept_base is None:
@@ -64,6 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
     with TemporaryDirectory(prefix="lowmem-") as scratch:
         served = Path(scratch, "model").resolve()
         write_base_with_adapter(kept_base, folder, served)
+        template = read_tokenizer(served).chat_template
+        if isinstance(template, str):
+            settings = read_recorded_chat_settings(folder, RECORD_FILE)
+            (served / "chat_template.jinja").write_text(template_with_settings(template, settings), encoding="utf8")
         return _serve_folder(served, name, options)
 
 

@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from jinja2 import Environment
 
 from lowmem import FileError
 from lowmem.tools.chat_arguments import (
@@ -12,6 +13,7 @@ from lowmem.tools.chat_arguments import (
     add_chat_arguments,
     apply_chat_arguments,
     read_recorded_chat_settings,
+    template_with_settings,
 )
 
 
@@ -91,3 +93,21 @@ def test_an_empty_or_missing_template_is_an_error_of_its_file(tmp_path):
     with pytest.raises(OSError, match="cannot read"):
         apply_chat_arguments(parsed("--chat-template", str(tmp_path / "b.jinja")), tokenizer)
     assert tokenizer.chat_template == "own"
+
+
+def test_a_template_takes_settings_that_nothing_else_says():
+    def rendered(messages, **variables):
+        template = template_with_settings(
+            "\n{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ a }}{{ b }}", settings
+        )
+        return (
+            Environment(trim_blocks=True, lstrip_blocks=True)
+            .from_string(template)
+            .render(messages=messages, **variables)
+        )
+
+    settings = ChatSettings('it\'s %} "so"\nü😀\\', {"a": None, "b": [True, "{{ x }}"], "c d": 1})
+    user = {"role": "user", "content": "q"}
+    assert rendered([user]) == f"\n<system>{settings.system}<user>qNone[True, '{{{{ x }}}}']"
+    assert rendered([{"role": "system", "content": "s"}, user], a=1, b=2) == "\n<system>s<user>q12"
+    assert template_with_settings("a", ChatSettings()) == "a"

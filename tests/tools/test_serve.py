@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,27 @@ def test_an_adapter_with_its_kept_base_is_served(place, capsys):
         with urllib.request.urlopen(f"http://localhost:{port}/v1/models") as answer:
             assert [one["id"] for one in json.load(answer)["data"]] == ["tuned"]
     assert {path: path.stat().st_mtime_ns for path in Path("tuned").rglob("*")} == before
+
+
+@pytest.mark.processes
+@needs_server
+def test_a_served_adapter_has_the_system_message_and_the_variables_of_its_training(place, capsys, monkeypatch):
+    config = Path("llama", "tokenizer_config.json")
+    template = "{{ greeting }}" + CHAT
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": template}))
+    options = ["--data", "data.jsonl", "--steps", "3", "--lr", "0.05", "--save", "tuned", "--keep-base"]
+    assert main(["fit", "llama", *options, "--system", "add", "--template-kwargs", '{"greeting": "hello"}']) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", StringIO("after 1?\n"))
+    assert main(["generate", "tuned", "--chat", "--max-new-tokens", "8", "--temperature", "0"]) == 0
+    text = capsys.readouterr().out.removesuffix("\n")
+    body = {
+        "messages": [{"role": "user", "content": "after 1?"}],
+        "max_tokens": 8,
+        "temperature": 0,
+        "model": "tuned",
+    }
+    with serving("tuned") as port:
+        status, told = _asked(port, "/v1/chat/completions", json.dumps(body))
+    assert (status, told["choices"][0]["message"]["content"]) == (200, text)
+    assert told["usage"]["prompt_tokens"] == len("hello<system>add;<user>after 1?;<assistant>")
