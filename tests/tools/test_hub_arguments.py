@@ -3,9 +3,11 @@
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import urllib.request
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from lowmem.__main__ import main
 from lowmem.io.hub_names import HubName
 from lowmem.tools.hub_arguments import fetch_model, parse_model_path
+from tests.test_readme import ON_YOUR_DATA
 
 FIT = ["--data", "text.txt", "--length", "48", "--steps", "2", "--lr", "0.01"]
 
@@ -235,3 +238,14 @@ def test_a_model_of_the_hub_is_served_under_its_name(hub, place, monkeypatch):
             assert [one["id"] for one in json.load(answer)["data"]] == ["me/llama"]
         body = json.dumps({"prompt": "item", "max_tokens": 2, "model": "me/llama"})
         assert test_serve._asked(port, "/v1/completions", body)[0] == 200
+
+
+def test_the_commands_of_the_readme_run(hub, place, capsys, monkeypatch):
+    hub.add("HuggingFaceTB/SmolLM2-135M-Instruct", place / "offered")
+    Path("qa.csv").write_text("question,answer\n" + "".join(f"after {n}?,{n + 1}\n" for n in range(20)))
+    monkeypatch.setattr("sys.stdin", StringIO("after 1?\n"))
+    assert [line.split()[1] for line in ON_YOUR_DATA] == ["fit", "generate"]
+    for line in ON_YOUR_DATA:
+        assert main(shlex.split(line)[1:]) == 0
+    kinds = "data: qa.csv: 20 prompt and completion in the chat template; up to 64 tokens in a row"
+    assert capsys.readouterr().out.startswith(kinds)
