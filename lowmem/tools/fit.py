@@ -9,7 +9,7 @@ from lowmem.finetuning.metrics import LOGS
 from lowmem.finetuning.settings import DECAYS, OPTIMIZERS
 from lowmem.io.filesystem import exclusive_write_lock
 from lowmem.io.hub_names import HubName, is_hub_name
-from lowmem.io.training_record import KEPT_BASE
+from lowmem.io.training_record import KEPT_BASE, RECORD_FILE
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS
 from lowmem.tools import fit_classifier, fit_language
 from lowmem.tools.arguments import (
@@ -21,6 +21,7 @@ from lowmem.tools.arguments import (
     parse_positive_float,
     parse_positive_int,
 )
+from lowmem.tools.fit_config import take_options_of_config
 from lowmem.tools.fit_data import add_data_arguments
 from lowmem.tools.fit_job import check_options
 from lowmem.tools.fit_settings import HELD_OUT_FROM, HELD_OUT_SHARE, MOST_HELD_OUT, WARMUP_RATIO
@@ -88,6 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "OUT.head.safetensors",
     )
     add_device_argument(parser, "device to train on; cuda is the first GPU, or with torchrun each process's own GPU")
+    parser.set_defaults(device=None)
+    parser.add_argument(
+        "--config",
+        type=parse_nonempty_path,
+        metavar="FILE",
+        help="take options that are not given from a YAML file, by their long names, or from the "
+        f"{RECORD_FILE} of an earlier run",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON to stdout; progress goes to stderr")
     add_language_model_arguments(parser.add_argument_group("for folders only"))
 
@@ -247,6 +256,8 @@ def add_language_model_arguments(group: argparse._ActionsContainer) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    arguments.configured_run = None if arguments.config is None else take_options_of_config(arguments, add_arguments)
+    arguments.device = arguments.device or "cpu"
     if arguments.dry_run and arguments.device != "cpu":
         raise ValueError(f"--dry-run measures a step on the CPU: leave --device={arguments.device} out")
     base = folder_or_gguf_or_none(arguments.model)
@@ -260,6 +271,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"model={arguments.model!r} is neither an existing folder nor a variant ({', '.join(VARIANTS)}): name a "
             "folder of a language model, or module:factory"
+        )
+    if arguments.configured_run is not None:
+        raise ValueError(
+            f"--config={arguments.config} has the settings of a language model, and model={arguments.model!r} is none"
         )
     for_folders = argparse.ArgumentParser()
     add_language_model_arguments(for_folders)

@@ -40,8 +40,15 @@ from lowmem.io.training_record import RECORD_FILE, StorageTechnique, technique_f
 from lowmem.nn.techniques import Budget, Half, LoRA, blockwise_technique
 from lowmem.tools.arguments import DEFAULT_RANK, option_string, select_local_rank_device
 from lowmem.tools.chat_arguments import RECORD_KEY
+from lowmem.tools.fit_config import check_digests_of_config
 from lowmem.tools.fit_data import FitTexts, check_data_options, read_fit_texts
-from lowmem.tools.fit_settings import WARMUP_RATIO, batches_of_default_step, is_given, take_options_of_run
+from lowmem.tools.fit_settings import (
+    WARMUP_RATIO,
+    batches_of_default_step,
+    is_given,
+    run_of_record,
+    take_options_of_run,
+)
 from lowmem.tools.output import escaped_and_truncated, finite_or_none
 from lowmem.version import __version__
 
@@ -81,7 +88,7 @@ class FineTuningJob:
     timeout: timedelta
     keep_base: bool  # whether the stored base is written beside the adapter
     notes: tuple[str, ...]  # on the base
-    earlier_run: Mapping[str, Any] | None  # the run that goes on
+    resumed_run: Mapping[str, Any] | None
 
     @property
     def texts(self) -> Texts:
@@ -139,7 +146,7 @@ class FineTuningJob:
             **self.data.identity(),
             "rows_of_a_step": self.settings.batch_size * self.settings.accumulate * (self.process_count or 1),
         }
-        if self.earlier_run is not None and "block_size" not in self.earlier_run:
+        if self.resumed_run is not None and "block_size" not in self.resumed_run:
             # Of a version that did not record it
             del identity["block_size"]
         return identity
@@ -192,7 +199,7 @@ class FineTuningJob:
 def _completed_run_or_none(save_path: Path) -> dict[str, Any] | None:
     try:
         with open_regular_file(save_path / RECORD_FILE) as file:
-            return dict(json.load(file)["run"])
+            return run_of_record(json.load(file))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
@@ -227,8 +234,7 @@ def check_options(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{option_string(name)}={share:g} must be below 1")
     if arguments.keep_base and arguments.save is None:
         raise ValueError("--keep-base writes a folder into OUT: name OUT with --save")
-    if arguments.shard and arguments.optimizer == "adamw8bit":
-        raise ValueError("--optimizer=adamw8bit has states that --shard cannot divide: take adamw, or --replicate")
+    _check_optimizer(arguments)
     how = "shard" if arguments.shard else "replicate" if arguments.replicate else None
     if arguments.timeout is not None and how is None:
         raise ValueError("--timeout applies to several processes: add --shard or --replicate")
@@ -251,24 +257,23 @@ def check_arguments_and_make_job(
     timeout: timedelta,
 ) -> FineTuningJob:
     """Check the arguments, and read the texts; no weights are read but for the digest of their files."""
-    run = None
-    if arguments.resume:
-        from lowmem.integrations.transformers.model_facts import quantizing_program_or_none
+    from lowmem.integrations.transformers.model_facts import (
+        delayed_transformers_log,
+        quantizing_program_or_none,
+        read_language_model_sizes,
+    )
+    from lowmem.integrations.transformers.pretrained_folder import check_tensors_fit_config
+    from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
 
-        run = (
-            _completed_run_or_none(arguments.save)
-            or States(states_folder(arguments.save), {}).newest_origin_or_none()
-        )
+    resumed_run = _resumed_run_or_none(arguments)
+    for run in (resumed_run, arguments.configured_run):
         if run is not None:
-            is_dense = quantizing_program_or_none(model_path) is None
-            take_options_of_run(arguments, run, is_dense, process_count or 1)
+            take_options_of_run(arguments, run, quantizing_program_or_none(model_path) is None, process_count or 1)
+    _check_optimizer(arguments)
     technique, dense = _technique_and_is_dense(model_path, arguments.format, arguments.bits)
     base_notes = _check_and_describe_kept_base(arguments, model_path, technique)
     adapter = _lora_from_arguments(arguments)
     settings = _fine_tuning_settings(arguments, adapter.rank)
-    from lowmem.integrations.transformers.model_facts import delayed_transformers_log, read_language_model_sizes
-    from lowmem.integrations.transformers.pretrained_folder import check_tensors_fit_config
-    from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
 
     # What it says comes again when the model is loaded
     with delayed_transformers_log(replay=False):
@@ -286,13 +291,13 @@ def check_arguments_and_make_job(
             f"--rank={adapter.rank} is more than the {width} columns of the model's hidden states, so an adapter "
             "would not be smaller than its weight: lower it"
         )
-    data = read_fit_texts(arguments, tokenizer, positions, run)
+    data = read_fit_texts(arguments, tokenizer, positions, resumed_run or arguments.configured_run)
     if arguments.eval_every is not None and data.held_out is None:
         raise ValueError("--eval-every needs held-out text: add --eval-data or --eval-share")
     if arguments.batch_size is None and arguments.accumulate is None:
         batch_size, accumulate = batches_of_default_step(data.texts, process_count or 1)
         settings = replace(settings, batch_size=batch_size, accumulate=accumulate)
-    return FineTuningJob(
+    job = FineTuningJob(
         model_path,
         _base_files_sha256(model_path),
         technique,
@@ -314,8 +319,23 @@ def check_arguments_and_make_job(
         timeout,
         arguments.keep_base,
         tuple(base_notes),
-        run,
+        resumed_run,
     )
+    if arguments.configured_run is not None:
+        check_digests_of_config(arguments, job.run_identity_dict())
+    return job
+
+
+def _check_optimizer(arguments: argparse.Namespace) -> None:
+    if arguments.shard and arguments.optimizer == "adamw8bit":
+        raise ValueError("--optimizer=adamw8bit has states that --shard cannot divide: take adamw, or --replicate")
+
+
+def _resumed_run_or_none(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    if not arguments.resume:
+        return None
+    states = States(states_folder(arguments.save), {})
+    return _completed_run_or_none(arguments.save) or states.newest_origin_or_none()
 
 
 def _check_and_describe_kept_base(

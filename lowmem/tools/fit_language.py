@@ -35,6 +35,7 @@ from lowmem.io.filesystem import exclusive_write_lock
 from lowmem.io.training_record import RECORD_FILE, StorageTechnique, kept_base_or_none
 from lowmem.nn.dot_product_attention import float32_attention_mode_if_faster
 from lowmem.tools.arguments import select_local_rank_device
+from lowmem.tools.fit_config import options_as_text
 from lowmem.tools.fit_dry_run import print_planned_memory
 from lowmem.tools.fit_job import (
     FineTuningJob,
@@ -45,6 +46,7 @@ from lowmem.tools.fit_job import (
 )
 from lowmem.tools.fit_memory import split_rows_or_refuse
 from lowmem.tools.fit_result import reproducing_shell_command, suggested_next_commands, write_adapter_folder
+from lowmem.tools.fit_settings import options_of_run
 from lowmem.tools.fit_show import print_examples
 from lowmem.tools.output import (
     escaped_and_truncated,
@@ -138,7 +140,8 @@ def _run_training_job(arguments: argparse.Namespace, job: FineTuningJob, ranks: 
         )
     out = sys.stderr if arguments.json else sys.stdout
     # Errors that come before the first result are one line
-    opening = [job.data.description()]
+    settings = options_as_text(options_of_run(job.run_identity_dict(), job.is_dense))
+    opening = [job.data.description(), f"settings: {settings}"]
 
     def print_lines(*lines: str) -> None:
         for line in (*opening, *lines):

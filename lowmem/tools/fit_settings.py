@@ -40,6 +40,12 @@ def is_given(arguments: argparse.Namespace, name: str) -> bool:
     return value is not None and value is not False
 
 
+def run_of_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the run of a ``training.json``; versions of before wrote the blocks of the base beside it."""
+    blocks = {"block_size": record["block_size"]} if "block_size" in record else {}
+    return {**blocks, **record["run"]}
+
+
 def options_of_run(run: Mapping[str, Any], is_dense: bool) -> dict[str, Any]:
     """Return the options of an earlier run that its ``FineTuningJob.run_identity_dict`` holds.
 
@@ -76,7 +82,6 @@ def take_options_of_run(
 
     The rows of a step stay as many: ``--batch-size`` and the number of processes divide them otherwise.
     """
-    given = {name for name in vars(arguments) if is_given(arguments, name)}
     # The digest of the texts is compared, which these two have decided
     options = options_of_run(run, is_dense) | {"cut": True, "skip_bad_rows": True}
     rows, rest = divmod(run.get("rows_of_a_step", 0), process_count)
@@ -87,6 +92,12 @@ def take_options_of_run(
         options |= {"batch_size": batch_size, "accumulate": max(1, rows // batch_size)}
     if arguments.length is None:
         arguments.text_window = run.get("window")
+    set_options_not_given(arguments, options)
+
+
+def set_options_not_given(arguments: argparse.Namespace, options: Mapping[str, Any]) -> None:
+    """Set options where neither they nor what excludes them are given."""
+    given = {name for name in vars(arguments) if is_given(arguments, name)}
     for name, value in options.items():
         others = {other for group in ALTERNATIVES if name in group for other in group}
         if not given & {name, *others}:
