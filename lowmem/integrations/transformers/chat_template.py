@@ -94,13 +94,13 @@ class ChatTemplate:
     def _messages_with_calls_as_written(self, messages: Messages, tools: Tools | None) -> Messages:
         """Return messages with calls of tools in the first form that the template writes whole.
 
-        Templates want arguments as an object or as JSON text, a content that is null or empty, and some an id of nine
-        characters. Some write something else, or no call, of what they do not want.
+        Templates want arguments as an object or as JSON text, and some an id of nine characters. Some write something
+        else, or no call, of what they do not want.
         """
         if not any(message.get("tool_calls") for message in messages):
             return [{**message, "content": message.get("content") or ""} for message in messages]
         errors: list[ValueError] = []
-        forms = [*product((False, True), repeat=3)]
+        forms = [*product((False, True), repeat=2)]
         for form in forms:
             try:
                 if _has_calls(self.text(_in_form(_with_known_calls(messages), *form), tools)):
@@ -132,6 +132,11 @@ class ChatTemplate:
             lead = whole[len(prompt) : _common_start_length(whole, other_whole)]
             shared = lead[len(lead) - _common_end_length(lead, text[:start]) :]
             start -= len(shared if shared == lead else shared.lstrip())
+        elif messages[index].get("tool_calls"):
+            # What a template writes before the name of a function is the answer's, too
+            content = f"A{messages[index]['content']}"
+            changed = [*messages[:index], {**messages[index], "content": content}, *messages[index + 1 :]]
+            start = min(start, _common_start_length(text, self.text(changed, tools)))
         ending = whole[len(whole) - _common_end_length(whole, other_whole) :]
         return start, stop + self._common_units_length(ending, text[stop:])
 
@@ -152,14 +157,13 @@ def _is_answer_in_span(message: Mapping[str, Any], span: str) -> bool:
     return message["content"].rpartition("</think>")[2].strip() in span if message.get("content") else True
 
 
-def _in_form(messages: Messages, has_ids: bool, has_text_arguments: bool, has_null: bool) -> Messages:
-    """Return messages whose calls have arguments as JSON text or as objects, and null or empty contents."""
+def _in_form(messages: Messages, has_ids: bool, has_text_arguments: bool) -> Messages:
+    """Return messages whose calls have ids of nine characters or as given, and arguments as JSON text or objects."""
     ids: Iterator[str] = iter([])
     made: list[dict[str, Any]] = []
     for message in messages:
         message = {**message, "content": message.get("content") or ""}
         if message.get("tool_calls"):
-            message["content"] = message["content"] or (None if has_null else "")
             message["tool_calls"] = [
                 {
                     **call,

@@ -294,7 +294,6 @@ CALL = (
         ("{{ f.name }} {{ f.arguments }}", 'look {"c": "Ü"}'),  # an object would be Python's
         ("{{ f.name }} {{ f.arguments | tojson }}", 'look {"c": "Ü"}'),  # text would be in quotes
         ("{{ f.name }}{% for k, v in f.arguments.items() %}<{{ k }}>{{ v }}{% endfor %}", "look<c>Ü"),
-        ("{% if m.content is not string %}{{ f.name }} {{ f.arguments }}{% endif %}", 'look {"c": "Ü"}'),
         ("{{ f.arguments }}", None),  # no name
         ("{{ f.name }}", None),
     ],
@@ -308,6 +307,19 @@ def test_arguments_are_given_in_the_form_that_the_template_writes_whole(written,
     else:
         assert ("<a>", False) not in TextTokenizer(tokenizer).chat(CALLS)
         assert (f"{expected}</s>", True) in TextTokenizer(tokenizer).chat(CALLS)
+
+
+def test_a_call_is_learned_from_the_mark_before_its_name():
+    """As in Nemotron's: the prompt opens the reasoning, which earlier answers have closed."""
+    tokenizer = family("mistral")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}<call={{ c.function.name }}>{{ c.function.arguments | tojson }}{% endfor %}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+    )
+    text = marked(tokenizer, {"messages": CALLS})
+    assert '<assistant><think></think>⟦<call=look>{"c": "Ü"}</s>⟧<tool>' in text
+    assert text.endswith("<assistant><think></think>⟦a2</s>⟧")
 
 
 def test_a_message_that_the_template_leaves_out_is_found():
