@@ -136,7 +136,7 @@ def _json_line_rows(path: Path, text: str) -> Iterator[Row]:
             try:
                 yield Row(f"line {number}", json.loads(line))
             except (ValueError, RecursionError):
-                mistake = f"{short_repr(line)} is no JSON object; a .jsonl file has one in each line"
+                mistake = f"{short_repr(line)} is no JSON object; a .jsonl file has one in each line, a .json a list"
                 yield Row(f"line {number}", mistake=mistake)
 
 

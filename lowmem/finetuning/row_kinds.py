@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,31 +97,36 @@ def _unrecognized_row_message(record: Mapping[str, Any], kinds: list[str], optio
         missing = ", ".join(short_repr(name) for name in options.columns.values() if name not in record)
         return f"it has keys {keys}, and --columns names {missing or 'keys of no kind'}: name columns that are there"
     if kinds:
-        remedy = f"--columns {' '.join(f'{key}={key}' for key in KINDS[kinds[0]][0])} takes one of them"
-        return f"it has more than one kind of text, {' and '.join(kinds)}: {remedy}"
+        remedies = " or ".join(_columns_option({key: key for key in KINDS[kind][0]}) for kind in kinds)
+        return f"it has more than one kind of text, {' and '.join(kinds)}: {remedies} takes one of them"
     suggested = _suggested_columns(record)
-    remedy = f"; or name its columns with --columns {suggested}" if suggested else ""
+    remedy = f"; or name its columns with {_columns_option(suggested)}" if suggested else ""
     return f"it has keys {keys}; give it text, or prompt and completion, or messages{remedy}"
 
 
-def _suggested_columns(record: Mapping[str, Any]) -> str:
-    """Return --columns for a row, by the names that its columns have elsewhere."""
-    if any(not isinstance(key, str) for key in record):
-        return ""
-    by_name = {key.lower(): key for key in record}
+def _columns_option(columns: Mapping[str, str]) -> str:
+    return f"--columns {shlex.join(f'{key}={column}' for key, column in columns.items())}"
 
-    def column_or_none(names: str) -> str | None:
-        return next((by_name[name] for name in names.split() if name in by_name), None)
 
-    prompt = column_or_none("prompt question query instruction input user request problem q")
-    completion = column_or_none("completion answer response output assistant reply solution target a")
-    if prompt and completion:
-        return f"prompt={prompt} completion={completion}"
-    messages, text = (
-        column_or_none("conversation dialogue dialog chat turns"),
-        column_or_none("content body document"),
-    )
-    return f"messages={messages}" if messages else f"text={text}" if text else ""
+_USUAL_NAMES = (
+    {
+        "prompt": "prompt question query instruction input user request problem q",
+        "completion": "completion answer response output assistant reply solution target a",
+    },
+    {"messages": "conversation dialogue dialog chat turns"},
+    {"text": "content body document"},
+)
+"""Names that columns have elsewhere, by the keys that they stand for."""
+
+
+def _suggested_columns(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return columns of a row by the keys that they seem to stand for; none, unless they make a kind."""
+    by_name = {str(key).lower(): str(key) for key in record}
+    for names in _USUAL_NAMES:
+        found = {key: [by_name[name] for name in known.split() if name in by_name] for key, known in names.items()}
+        if all(found.values()):
+            return {key: columns[0] for key, columns in found.items()}
+    return {}
 
 
 def _required_text(record: Mapping[str, Any], key: str) -> str:
@@ -150,7 +156,7 @@ def _convert_messages(record: Mapping[str, Any], options: RowOptions) -> Convers
 
 
 def _convert_completion(record: Mapping[str, Any], options: RowOptions) -> Completion | Conversation:
-    parts = {key: record[key] for key in ("prompt", "completion")}
+    parts = {key: _messages_in_text_or_value(record[key]) for key in ("prompt", "completion")}
     if not any(isinstance(part, list) for part in parts.values()):
         texts = [_required_text(record, key) for key in parts]
         if not options.prompts_as_chat:
@@ -167,6 +173,16 @@ def _convert_completion(record: Mapping[str, Any], options: RowOptions) -> Compl
         for (key, part), role in zip(parts.items(), ("user", "assistant"), strict=True)
     )
     return Conversation([*prompt, *completion], _tools(record), len(prompt))
+
+
+def _messages_in_text_or_value(value: Any) -> Any:
+    """Return messages that a cell of a table holds as JSON; any other value as it is."""
+    try:
+        parsed = json.loads(value) if isinstance(value, str) and value.startswith("[{") else None
+    except (ValueError, RecursionError):
+        return value
+    is_messages = parsed and all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in parsed)
+    return parsed if is_messages else value
 
 
 def _text_message(record: Mapping[str, Any], key: str, role: str) -> list[dict[str, Any]]:

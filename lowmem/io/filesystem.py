@@ -270,7 +270,7 @@ def read_text_and_sha256(path: Path) -> tuple[str, str]:
     try:
         return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
     except UnicodeDecodeError as reason:
-        raise file_error(path, f"it is no UTF-8 text, from byte {reason.start}; name a text file") from None
+        raise file_error(path, f"it is no UTF-8 text, from byte {reason.start}; save it in UTF-8") from None
 
 
 def has_magic_bytes(path: Path, magic: bytes) -> bool:

@@ -59,7 +59,7 @@ def test_lines_are_counted_with_those_that_are_empty(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{\n[1]\n')
     rows = read(tmp_path / "a.jsonl")
     assert [row.place for row in rows] == ["line 1", "line 3", "line 4"]
-    assert rows[1].mistake == "'{' is no JSON object; a .jsonl file has one in each line"
+    assert rows[1].mistake == "'{' is no JSON object; a .jsonl file has one in each line, a .json a list"
     assert rows[2] == Row("line 4", [1])
 
 

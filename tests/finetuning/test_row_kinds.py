@@ -1,5 +1,6 @@
 """Rows are recognized by their keys, and become texts, completions and conversations; mistakes are named."""
 
+import json
 import re
 
 import pytest
@@ -29,6 +30,12 @@ def converted(record, **options):
             {"prompt": [USER, ANSWER, USER], "completion": "a"},
             Conversation([USER, ANSWER, USER, ANSWER], None, 3),
         ),
+        (
+            "prompt and completion",
+            {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])},  # cells of a table
+            Conversation([USER, ANSWER], None, 1),
+        ),
+        ("prompt and completion", {"prompt": "[{1}]", "completion": '[{"a": 1}]'}, Completion("[{1}]", '[{"a": 1}]')),
         ("messages", {"messages": [USER, ANSWER]}, Conversation([USER, ANSWER])),
         ("messages", {"messages": CALLS, "tools": [TOOL]}, Conversation(CALLS, [TOOL])),
         ("messages", {"messages": [USER, ANSWER], "text": None}, Conversation([USER, ANSWER])),
@@ -129,6 +136,7 @@ def test_columns_stand_for_keys_and_other_rows_are_recognized_by_their_own():
         ({"Question": "q", "Answer": "a"}, "prompt=Question completion=Answer"),
         ({"id": 1, "query": "q", "response": "a"}, "prompt=query completion=response"),
         ({"instruction": "q", "response": "a"}, "prompt=instruction completion=response"),
+        ({"question": "q", "a": "a"}, "prompt=question completion=a"),
         ({"dialog": []}, "messages=dialog"),
         ({"document": "a"}, "text=document"),
     ],
@@ -146,7 +154,7 @@ def test_columns_are_suggested_by_the_keys_that_are_there(record, suggestion):
         ([1], "[1] is no JSON object"),
         (
             {"text": "a", "messages": []},
-            "more than one kind of text, text and messages: --columns text=text",
+            "more than one kind of text, text and messages: --columns text=text or --columns messages=messages takes",
         ),
         ({"prompt": "p", "completion": None}, "completion=None must be a text that is not empty"),
         ({"prompt": "", "completion": "c"}, "prompt='' must be a text that is not empty"),

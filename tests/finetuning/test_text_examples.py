@@ -148,7 +148,7 @@ def test_a_line_that_cannot_be_read_is_named_by_its_number(line, why, tmp_path):
     [
         ("a.txt", b"", "it is empty"),
         ("a.jsonl", b" \n\n", "it is empty"),
-        ("a.txt", b"ab\xff", "it is no UTF-8 text, from byte 2"),
+        ("a.txt", b"ab\xff", "it is no UTF-8 text, from byte 2; save it in UTF-8"),
         ("a.doc", b"ab", "its name must end in .txt, .jsonl, .json, .csv, .tsv, .parquet"),
         ("a.jsonl", b'{"prompt": "aaaaaaaa", "completion": "b"}', "no token that counts among its first 4"),
     ],
