@@ -60,6 +60,16 @@ def add_device_argument(parser: argparse.ArgumentParser, description: str) -> No
     parser.add_argument("--device", choices=DEVICES, default="cpu", help=f"{description} (default cpu)")
 
 
+def add_for_llama_cpp_argument(container: argparse._ActionsContainer) -> None:
+    """Add ``--for``, which chooses how a model is stored."""
+    container.add_argument(
+        "--for",
+        choices=["llama.cpp"],
+        help="store the model in what GGUF holds exactly: layers in iq4_nl, embeddings and output layer in q8_0; a "
+        "model that lowmem export does not write is refused",
+    )
+
+
 def option_string(attribute: str) -> str:
     """Return the option that sets an attribute of the parsed arguments."""
     return f"--{attribute.replace('_', '-')}"

@@ -10,10 +10,11 @@ from lowmem.finetuning.settings import DECAYS, OPTIMIZERS
 from lowmem.io.filesystem import exclusive_write_lock
 from lowmem.io.hub_names import HubName, is_hub_name
 from lowmem.io.training_record import KEPT_BASE, RECORD_FILE
-from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS
+from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS, IMPORTED
 from lowmem.tools import fit_classifier, fit_language
 from lowmem.tools.arguments import (
     add_device_argument,
+    add_for_llama_cpp_argument,
     option_string,
     parse_nonempty_path,
     parse_nonnegative_float,
@@ -112,10 +113,11 @@ def add_language_model_arguments(group: argparse._ActionsContainer) -> None:
     )
     stored.add_argument(
         "--format",
-        choices=[*FORMATS, *EIGHT_BIT, "bfloat16", "float16", "dense"],
+        choices=[*FORMATS, *IMPORTED, *EIGHT_BIT, "bfloat16", "float16", "dense"],
         help=f"format of the base while the adapter trains (default {DEFAULT} in blocks of "
         f"{DEFAULT_BLOCK_SIZE}; a quantized folder keeps its format)",
     )
+    add_for_llama_cpp_argument(stored)
     group.add_argument(
         "--alpha", "--lora-alpha", type=parse_positive_float, metavar="X", help="LoRA's alpha (default: the rank)"
     )

@@ -64,6 +64,7 @@ def print_planned_memory(arguments: argparse.Namespace, job: FineTuningJob) -> i
     with progress_display("dry run"):
         memory_plan, peak = plan_and_peak_bytes(job)
     job.print_notes()
+    print_dry_run_line(job.gguf.description())
     process = None if before is None else before + peak
     if arguments.json:
         print_json(

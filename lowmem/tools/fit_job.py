@@ -31,6 +31,7 @@ from lowmem.io.filesystem import (
     open_regular_file,
     read_errors_with_path,
 )
+from lowmem.io.formats.gguf.gguf_outlook import LLAMA_CPP, GGUFOutlook, gguf_outlook
 from lowmem.io.formats.peft.peft_reader import CONFIG, WEIGHTS
 from lowmem.io.hub_names import displayed_model_name
 from lowmem.io.model_folder import weights_or_index_path
@@ -89,6 +90,7 @@ class FineTuningJob:
     keep_base: bool  # whether the stored base is written beside the adapter
     notes: tuple[str, ...]  # on the base
     resumed_run: Mapping[str, Any] | None
+    gguf: GGUFOutlook  # of the base as it is stored for training
 
     @property
     def texts(self) -> Texts:
@@ -270,7 +272,11 @@ def check_arguments_and_make_job(
         if run is not None:
             take_options_of_run(arguments, run, quantizing_program_or_none(model_path) is None, process_count or 1)
     _check_optimizer(arguments)
-    technique, dense = _technique_and_is_dense(model_path, arguments.format, arguments.bits)
+    is_for_llama_cpp = getattr(arguments, "for") is not None
+    technique, dense = _technique_and_is_dense(model_path, arguments.format, arguments.bits, is_for_llama_cpp)
+    gguf = gguf_outlook(model_path, technique)
+    if is_for_llama_cpp:
+        gguf.check_exact(model_path, "fine-tune")
     base_notes = _check_and_describe_kept_base(arguments, model_path, technique)
     adapter = _lora_from_arguments(arguments)
     settings = _fine_tuning_settings(arguments, adapter.rank)
@@ -320,6 +326,7 @@ def check_arguments_and_make_job(
         arguments.keep_base,
         tuple(base_notes),
         resumed_run,
+        gguf,
     )
     if arguments.configured_run is not None:
         check_digests_of_config(arguments, job.run_identity_dict())
@@ -399,7 +406,7 @@ def _adapter_file_paths(adapter_path: Path) -> list[Path]:
 
 
 def _technique_and_is_dense(
-    model_path: Path, format_name: str | None, bits: float | None = None
+    model_path: Path, format_name: str | None, bits: float | None = None, is_for_llama_cpp: bool = False
 ) -> tuple[StorageTechnique, bool]:
     """Return how to store a folder's model, and whether it is dense now."""
     from lowmem.integrations.transformers.model_facts import quantizing_program_or_none
@@ -412,6 +419,8 @@ def _technique_and_is_dense(
         )
     if method is not None:
         return None, False
+    if is_for_llama_cpp:
+        return LLAMA_CPP, True
     if format_name == "dense":
         return None, True
     if format_name in ("bfloat16", "float16"):

@@ -141,7 +141,7 @@ def _run_training_job(arguments: argparse.Namespace, job: FineTuningJob, ranks: 
     out = sys.stderr if arguments.json else sys.stdout
     # Errors that come before the first result are one line
     settings = options_as_text(options_of_run(job.run_identity_dict(), job.is_dense))
-    opening = [job.data.description(), f"settings: {settings}"]
+    opening = [job.data.description(), f"settings: {settings}", job.gguf.description()]
 
     def print_lines(*lines: str) -> None:
         for line in (*opening, *lines):

@@ -16,11 +16,8 @@ from torch import nn
 from lowmem.distributed.torchrun_processes import restart_command_words
 from lowmem.io.adapter_files import save_adapter
 from lowmem.io.filesystem import atomic_folder, write_atomically, write_errors_with_path
-from lowmem.io.formats.gguf.gguf_metadata import gguf_model_fields
 from lowmem.io.hub_names import hub_name_and_commit_or_none
-from lowmem.io.model_folder import CONFIG, read_json_object
 from lowmem.io.training_record import KEPT_BASE, RECORD_FILE
-from lowmem.nn.techniques import Half
 from lowmem.tools.fit_job import FineTuningJob
 from lowmem.transforms.named_adapters import delete_adapter
 
@@ -56,30 +53,13 @@ def suggested_next_commands(job: FineTuningJob) -> list[str]:
     how = ["--chat"] if job.texts.chats else ["--prompt", "TEXT"]
     # Where the adapter's config does not find it
     named = ["--base", base] if job.has_public_base_name and job.base_name != base else []
-    if _is_exported_as_gguf(job):
-        requantize = [] if _is_exact_in_gguf(job) else ["--requantize"]
-        last = ["export", out, f"{out.rstrip(os.sep)}.gguf", *named, *requantize]
+    if job.gguf.refusal is None:
+        options = [*named, *([] if job.gguf.inexact is None else ["--requantize"])]
+        options += [] if job.gguf.like is None else ["--like", "GGUF"]
+        last = ["export", out, f"{out.rstrip(os.sep)}.gguf", *options]
     else:
         last = ["merge", base, out, f"{out.rstrip(os.sep)}-merged", *revision, "--to", "bfloat16"]
     return [shlex.join(["lowmem", *command]) for command in (["generate", out, *named, *how], last)]
-
-
-def _is_exported_as_gguf(job: FineTuningJob) -> bool:
-    """Whether ``lowmem export`` knows how GGUF describes the base."""
-    if job.model_path.is_dir():
-        try:
-            gguf_model_fields(read_json_object(job.model_path / CONFIG))
-        except ValueError:
-            return False
-    return True
-
-
-def _is_exact_in_gguf(job: FineTuningJob) -> bool:
-    """Whether GGUF holds the base as it was stored in training."""
-    technique = job.technique
-    if technique is None:
-        return job.is_dense or job.model_path.is_file()
-    return isinstance(technique, Half) or getattr(technique, "format", None) == "q8_0"
 
 
 def write_adapter_folder(

@@ -11,6 +11,7 @@ from typing import Any
 from lowmem.finetuning.packed_rows import pack_into_rows
 from lowmem.finetuning.settings import FineTuning
 from lowmem.finetuning.text_examples import Texts
+from lowmem.io.formats.gguf.gguf_outlook import LLAMA_CPP
 from lowmem.io.training_record import AS_IT_IS
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE
 from lowmem.tools.chat_arguments import NO_TEMPLATE
@@ -25,7 +26,7 @@ HELD_OUT_FROM, HELD_OUT_SHARE, MOST_HELD_OUT = 100, 0.05, 200
 """Examples from which on some are held out, the share of those, and how many at most."""
 
 ALTERNATIVES = (
-    ("bits", "format"),
+    ("bits", "format", "for"),
     ("eval_data", "eval_share"),
     ("shard", "replicate"),
     ("steps", "epochs"),
@@ -69,7 +70,9 @@ def options_of_run(run: Mapping[str, Any], is_dense: bool) -> dict[str, Any]:
         options["chat_template"] = NO_TEMPLATE
     name, block_size = run.get("format"), run.get("block_size", DEFAULT_BLOCK_SIZE)
     # The default has blocks of its own, and no name
-    if is_dense and (name, block_size) != (DEFAULT, DEFAULT_BLOCK_SIZE):
+    if is_dense and run.get("embeddings") == LLAMA_CPP.embeddings:
+        options["for"] = "llama.cpp"
+    elif is_dense and (name, block_size) != (DEFAULT, DEFAULT_BLOCK_SIZE):
         bits, *unit = str(name).split()
         options |= {"bits": float(bits)} if unit == ["bits"] else {"format": "dense" if name == AS_IT_IS else name}
     return {name: value for name, value in options.items() if value is not None}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Set
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.progress import DownloadColumn, MofNCompleteColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lowmem.io.convert_checkpoint import TensorConversionRow, convert_checkpoint
 from lowmem.io.filesystem import check_outside_inputs, exclusive_write_lock
+from lowmem.io.formats.gguf.gguf_outlook import LLAMA_CPP, gguf_outlook
 from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
 from lowmem.io.shards import INDEX
 from lowmem.nn.techniques import EMBEDDINGS, Budget, EightBit, FourBit, blockwise_technique
@@ -21,6 +24,7 @@ from lowmem.quant.scale_encodings import ENCODINGS
 from lowmem.tools import quantize_foreign
 from lowmem.tools.arguments import (
     add_device_argument,
+    add_for_llama_cpp_argument,
     add_verbose_argument,
     option_string,
     parse_byte_size,
@@ -46,7 +50,7 @@ _TECHNIQUE = ("format", "block_size", "scales", "search")
 _CALIBRATION = ("calibrate", "diagonal", "resume")
 OPTIONS = (
     *("bits", *_TECHNIQUE, "embeddings", "include", "exclude", "shard_size", "requantize", "dtype", "device"),
-    "no_tokenizer",
+    *("no_tokenizer", "for"),
     *_CALIBRATION,
 )
 """Attributes of the parsed arguments that some kinds of input refuse. One that was not given is None, False, []
@@ -60,6 +64,7 @@ REFUSALS = {
         "requantize": "a dense file has no quantized tensors: leave it out",
         "dtype": "tensors of a dense file that are not converted are copied as they are: leave it out",
         "no_tokenizer": "a file has no tokenizer: leave it out",
+        "for": "a file does not say which model it is: name its folder, or leave it out",
     },
     "a dense folder": {
         "include": "it names tensors of a file: leave it out, and exclude modules of a folder by --exclude",
@@ -75,6 +80,7 @@ REFUSALS = {
         ),
         "embeddings": "another program's codes are kept: leave it out",
         "device": "another program's file is read on the CPU: leave it out",
+        "for": "another program's codes are kept as they are: leave it out, or take the dense model",
     },
 }
 """By kind of input: why an option never applies, and the remedy. No option is ignored."""
@@ -103,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"default {DEFAULT} in blocks of {DEFAULT_BLOCK_SIZE}; lowmem export writes q4_0, iq4_nl, uint4 and "
         "q8_0 to GGUF with the same codes",
     )
+    add_for_llama_cpp_argument(parser)
     parser.add_argument(
         "--bits",
         type=parse_positive_float,
@@ -177,6 +184,8 @@ def _option_refusal_reason_or_none(input_kind: str, option: str, given_options: 
         return "it is an option of --calibrate: add --calibrate, or leave it out"
     if option == "resume" and "diagonal" in given_options:
         return "--diagonal runs the model once and keeps nothing to resume: use only one of them"
+    if option in (*_TECHNIQUE, "embeddings", "bits") and "for" in given_options:
+        return "--for llama.cpp chooses it: use only one of them"
     if option in (*_TECHNIQUE, "embeddings") and "bits" in given_options:
         return "--bits chooses it for each tensor: use only one of them"
     return None
@@ -210,6 +219,8 @@ def run(arguments: argparse.Namespace) -> int:
         return quantize_foreign.run_foreign_import(arguments, _blockwise_technique(arguments))
     is_folder = (arguments.source / "config.json").is_file()
     _check_options_applicable(arguments, "a dense folder" if is_folder else "a dense file")
+    if getattr(arguments, "for") is not None:
+        _check_and_print_gguf_outlook(arguments.source)
     device = select_local_rank_device(arguments.device)
     technique = _blockwise_technique(arguments) if arguments.bits is None else Budget(arguments.bits)
     with exclusive_write_lock(arguments.target), warnings_printed_as_notes():
@@ -240,8 +251,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_and_print_gguf_outlook(folder: Path) -> None:
+    """Raise an error unless GGUF will hold the model of a dense folder exactly; else print that it does."""
+    from lowmem.integrations.transformers.pretrained_folder import check_folder_is_dense
+
+    check_folder_is_dense(folder)
+    outlook = gguf_outlook(folder, LLAMA_CPP)
+    outlook.check_exact(folder, "quantize")
+    print(f"lowmem quantize: {outlook.description()}", file=sys.stderr)
+
+
 def _blockwise_technique(arguments: argparse.Namespace) -> FourBit | EightBit:
     """Return the technique that the options name."""
+    if getattr(arguments, "for") is not None:
+        return LLAMA_CPP
     return blockwise_technique(
         arguments.format,
         arguments.block_size,

@@ -14,7 +14,9 @@ from lowmem import FourBit, convert, save
 from lowmem.__main__ import main
 from lowmem.io.filesystem import exclusive_write_lock, open_regular_file
 from lowmem.io.formats.gguf.gguf_file import read_gguf_header
+from lowmem.io.formats.lazy_model import open_lazy_model
 from lowmem.io.formats.open_foreign import open_foreign_checkpoint
+from lowmem.quant.tensor import QuantizedTensor
 from tests.io.formats.folders import fourbit, weights_of, write_folder
 
 
@@ -182,3 +184,38 @@ def test_an_adapter_of_a_gguf_file_goes_beside_a_copy_of_it(place, capsys, refus
     assert main(["export", "tuned", "other.gguf"]) == 0
     told = "the adapter was trained with another chat template: llama-server --chat-template-file tuned/chat_template"
     assert told in capsys.readouterr().err
+
+
+def codes_by_name(path: Path) -> dict[str, torch.Tensor]:
+    """Return the packed codes of each weight of a GGUF file, or of a folder of lowmem's."""
+    with open_foreign_checkpoint(path) if path.is_file() else open_lazy_model(path) as source:
+        tensors = source.tensors if path.is_file() else source.weights
+        read = {name: tensor.read() for name, tensor in tensors.items()}
+    return {name: value.packed for name, value in read.items() if isinstance(value, QuantizedTensor)}
+
+
+def test_what_is_stored_for_llama_cpp_is_exported_with_the_same_codes(place, capsys):
+    """A folder of quantize, calibrated or not, and the base of an adapter, kept or stored again."""
+    Path("long.txt").write_text(" ".join(Path("text.txt").read_text() for _ in range(9)))
+    assert main(["quantize", "llama", "small", "--for", "llama.cpp"]) == 0
+    assert main(["quantize", "llama", "calibrated", "--for", "llama.cpp", "--calibrate", "long.txt"]) == 0
+    options = ["--data", "text.txt", "--length", "48", "--steps", "1", "--for", "llama.cpp"]
+    assert main(["fit", "llama", *options, "--save", "tuned"]) == 0
+    assert main(["fit", "small", *options, "--save", "kept"]) == 0  # stored so already
+    capsys.readouterr()
+    for name in ("small", "calibrated", "tuned", "kept"):
+        assert main(["export", name, f"{name}.gguf"]) == 0
+        assert "gguf: 20 of 20 weights as they were" in capsys.readouterr().out
+    codes = codes_by_name(Path("small"))
+    assert len(codes) == 15
+    for name in ("small.gguf", "tuned.gguf", "kept.gguf"):
+        found = codes_by_name(Path(name))
+        assert found.keys() == codes.keys()
+        assert all(torch.equal(found[weight], code) for weight, code in codes.items()), name
+    assert not all(map(torch.equal, codes_by_name(Path("calibrated")).values(), codes.values()))
+    with open_foreign_checkpoint(Path("tuned.gguf")) as file:
+        kinds = {name: tensor.kind for name, tensor in file.tensors.items() if len(tensor.shape) > 1}
+    assert kinds.pop("model.embed_tokens.weight") == "Q8_0"
+    assert set(kinds.values()) == {"IQ4_NL"}
+    assert main(["quantize", "small.gguf", "again"]) == 0
+    assert all(torch.equal(codes_by_name(Path("again"))[name], code) for name, code in codes.items())

@@ -15,6 +15,7 @@ def test_options_of_folders_mean_nothing_for_classifiers(refused, monkeypatch):
     monkeypatch.setattr(fit_classifier, "run", lambda arguments: pytest.fail("it ran"))
     given = {
         "format": "nf4",
+        "for": "llama.cpp",
         "memory": "lean",
         "decay": "linear",
         "optimizer": "adamw",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -250,3 +251,42 @@ def test_a_state_of_another_base_or_of_other_options_is_refused(place, capsys, m
             shutil.rmtree("out.training")
             assert main(["fit", "llama", *argv]) == 0
     assert not Path("out.training").exists()
+
+
+def test_for_llama_cpp_refuses_before_training_what_export_does_not_write(place, refused):
+    write_tokenizer(write(Path("experts"), "mixtral"))
+    argv = ["--data", "text.txt", "--length", "48", "--steps", "1", "--save", "out", "--for", "llama.cpp"]
+    before = listed()
+    told = refused("fit", "experts", *argv)
+    assert "model_type='mixtral' is no architecture that lowmem writes as GGUF: it writes llama, mistral" in told
+    assert "leave --for llama.cpp out" in told
+    for option in (["--format", "nf4"], ["--bits", "5"]):
+        assert "not allowed with argument" in refused("fit", "llama", *argv, *option)
+    assert "--for does not apply to model='bignet'" in refused("fit", "bignet", "--for", "llama.cpp")
+    assert listed() == before
+    assert main(["quantize", "llama", "small"]) == 0
+    assert "no type with the levels of int8; leave --for llama.cpp out" in refused("fit", "small", *argv)
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "line"),
+    [
+        ("llama", [], "not exact, since .* is in int8, .*; --for llama.cpp trains on a base that is"),
+        ("llama", ["--for", "llama.cpp"], "llama.cpp gets this base exactly as it is trained on"),
+        ("llama", ["--format", "iq4_nl"], "not exact, since .* is in int8, .*; --for llama.cpp"),
+        ("llama", ["--format", "dense"], "llama.cpp gets this base exactly"),
+        ("small", [], "not exact, since .*; --for llama.cpp with the dense model trains on a base that is"),
+        ("small.gguf", [], "llama.cpp gets this base exactly"),
+        ("experts", [], "no export to GGUF: cannot export 'experts': model_type='mixtral' is no arch"),
+    ],
+)
+def test_a_line_before_training_says_whether_the_base_is_exact_in_gguf(base, options, line, place, capsys):
+    write_tokenizer(write(Path("experts"), "mixtral"))
+    if base.startswith("small"):
+        assert main(["quantize", "llama", "small", *(["--for", "llama.cpp"] if base == "small.gguf" else [])]) == 0
+        assert base == "small" or main(["export", "small", base]) == 0
+    capsys.readouterr()
+    assert main(["fit", base, "--data", "text.txt", "--length", "48", "--dry-run", *options]) == 0
+    told = [text for text in capsys.readouterr().err.splitlines() if "export to GGUF" in text]
+    assert len(told) == 1
+    assert re.search(line, told[0])

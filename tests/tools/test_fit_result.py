@@ -74,10 +74,10 @@ def test_the_base_has_the_name_that_is_given(place, capsys):
     assert main(told[1].split()[2:]) == 0
 
 
-@pytest.mark.parametrize("format_name", ["q8_0", "bfloat16"])
-def test_a_base_that_gguf_holds_exactly_is_not_quantized_again(format_name, place, capsys):
+@pytest.mark.parametrize("stored", [("--format", "q8_0"), ("--format", "bfloat16"), ("--for", "llama.cpp")])
+def test_a_base_that_gguf_holds_exactly_is_not_quantized_again(stored, place, capsys):
     argv = ["fit", "llama", "--data", "text.txt", "--length", "48", "--steps", "1", "--save", "out"]
-    assert main([*argv, "--format", format_name]) == 0
+    assert main([*argv, *stored]) == 0
     assert capsys.readouterr().err.endswith("next: lowmem export out out.gguf\n")
     assert main(["export", "out", "out.gguf"]) == 0
 

@@ -163,6 +163,9 @@ def test_formats_of_runs_are_options_again():
     ):
         assert options_of_run(run | {"format": written}, True) == options | {"clip": 0}
         assert options_of_run(run | {"format": written}, False) == {"clip": 0}
+    for_llama_cpp = run | {"format": "iq4_nl", "embeddings": "q8_0"}
+    assert options_of_run(for_llama_cpp, True) == {"for": "llama.cpp", "clip": 0}
+    assert options_of_run(run | {"format": "iq4_nl", "embeddings": "8bit"}, True) == {"format": "iq4_nl", "clip": 0}
     options = options_of_run(run | {"format": "fp4", "from": "1" * 64, "rank": 4, "seed": 3}, True)
     assert options == {"format": "fp4", "clip": 0, "seed": 3}
     assert options_of_run(run | {"format": "bof4s", "block_size": 32}, True) == {"clip": 0}

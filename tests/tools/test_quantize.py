@@ -261,11 +261,12 @@ GIVEN = {
     "resume": ["--resume", "done"],
     "device": ["--device", "cuda"],
     "no_tokenizer": ["--no-tokenizer"],
+    "for": ["--for", "llama.cpp"],
 }
 TECHNIQUE = {"format", "block_size", "scales", "search"}
 HEEDED = {
     "a dense file": TECHNIQUE | {"bits", "include", "exclude", "shard_size", "device"},
-    "a dense folder": TECHNIQUE | {"bits", "embeddings", "exclude", "shard_size", "calibrate", "device"},
+    "a dense folder": TECHNIQUE | {"bits", "embeddings", "exclude", "shard_size", "calibrate", "device", "for"},
     "another program's": {"include", "shard_size", "requantize", "dtype"},
 }
 """By the kind of input, the options that mean something when they are given alone."""
@@ -341,6 +342,10 @@ def test_options_of_a_technique_apply_to_foreign_weights_that_are_quantized(quan
         ("a dense file", ("bits", "block_size"), "--block-size"),
         ("a dense file", ("int8", "search"), "--search"),
         ("a dense folder", ("int8", "embeddings"), "--embeddings"),
+        *(
+            ("a dense folder", ("for", option), f"--{option.replace('_', '-')}")
+            for option in (*sorted(TECHNIQUE), "embeddings", "bits")
+        ),
     ],
 )
 def test_options_that_exclude_each_other(quantized, kind, options, named):
@@ -380,3 +385,20 @@ def test_folders_heed_what_they_take(quantized):
 
 def test_without_a_gpu_device_is_one_line(no_gpu, checkpoint):
     no_gpu("quantize", checkpoint, checkpoint.with_name("out.safetensors"))
+
+
+def test_for_llama_cpp_refuses_a_model_that_export_does_not_write(quantized, inputs, tmp_path):
+    pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+    config = tmp_path / "folder" / "config.json"
+    config.write_text(json.dumps(CONFIG | {"model_type": "gemma2"}))
+    code, said = quantized("a dense folder", "--for", "llama.cpp")
+    assert (code, said.count("\n")) == (2, 1)
+    assert "model_type='gemma2' is no architecture that lowmem writes as GGUF: it writes llama, mistral" in said
+    assert said.endswith("; leave --for llama.cpp out\n")
+    config.write_text(json.dumps(CONFIG))
+    code, said = quantized("a dense folder", "--for", "llama.cpp")
+    assert (code, said.count("export to GGUF: llama.cpp gets this base exactly")) == (0, 1)
+    record = {"quant_method": "lowmem: import lowmem.integrations.transformers", "version": 1, "layers": []}
+    config.write_text(json.dumps(CONFIG | {"quantization_config": record}))
+    code, said = quantized("a dense folder", "--for", "llama.cpp")
+    assert "it is quantized by lowmem already" in said

@@ -24,7 +24,7 @@ ARCHITECTURES = MappingProxyType(
 """``general.architecture`` by ``model_type`` of config.json."""
 
 # By their config alone; others take an existing file
-_DESCRIBED = ("llama", "qwen2", "qwen3", "smollm3")
+DESCRIBED = ("llama", "qwen2", "qwen3", "smollm3")
 
 # Columns
 MAX_HEAD = 2**16
@@ -66,7 +66,7 @@ def gguf_architecture_of_model_type_or_raise(config: Mapping[str, Any]) -> str:
 def gguf_model_fields(config: Mapping[str, Any]) -> dict[str, GGUFValue]:
     """Return the fields of a model, by key; a ValueError for a value that llama.cpp does not compute."""
     arch = gguf_architecture_of_model_type_or_raise(config)
-    if arch not in _DESCRIBED:
+    if arch not in DESCRIBED:
         raise ValueError(
             f"model_type={short_repr(config['model_type'])} needs more than its config says: name an existing GGUF "
             "file of "
@@ -225,7 +225,7 @@ class OpenGGUFMetadataSource:
         if self.architecture != arch:
             why = f"it is a {short_repr(self.architecture)}, and config.json describes a {short_repr(arch)}"
             raise file_error(self.path, f"{why}; name a file of the same model", "copy from")
-        if arch not in _DESCRIBED:
+        if arch not in DESCRIBED:
             return
         for key, value in gguf_model_fields(config).items():
             file_value = self.header.metadata.get(key)

@@ -94,11 +94,11 @@ def export_gguf(
         existing = None
         if like is not None:
             existing = read_copyable_gguf_metadata(Path(like), stack.enter_context(open_regular_file(Path(like))))
-        names, numbers = _checked_name_map_and_metadata(model, existing)
+        names, numbers = checked_name_map_and_metadata(model, existing)
         plans = _sorted_weight_plans_or_refuse(model, names, requantize, dtype)
         weight_shapes = {plan.placed.name: plan.placed.shape for plan in plans}
         described_by = "config.json" if existing is None else quoted_path(existing.path)
-        _check_weights_match_metadata(model, names, numbers, weight_shapes, described_by)
+        check_weights_match_metadata(model, names, numbers, weight_shapes, described_by)
         computed = (
             _rope_factor_tensors_and_bytes(model)
             if existing is None
@@ -114,7 +114,7 @@ def export_gguf(
     return sorted(rows, key=lambda row: row.name)
 
 
-def _checked_name_map_and_metadata(
+def checked_name_map_and_metadata(
     model: LazyModelContent, existing: OpenGGUFMetadataSource | None
 ) -> tuple[GGUFTransformersNameMap, dict[str, Any]]:
     """Return the names of the model's weights, and its numbers by key, from its config or the existing file."""
@@ -227,7 +227,7 @@ def _embedding_layers_rest_sort_key(gguf_name: str) -> tuple[int, int, str]:
     return (1, int(match[1]), gguf_name) if match else (0 if gguf_name.startswith("token_embd") else 2, 0, gguf_name)
 
 
-def _check_weights_match_metadata(
+def check_weights_match_metadata(
     model: LazyModelContent,
     names: GGUFTransformersNameMap,
     metadata: Mapping[str, Any],
