@@ -25,6 +25,7 @@ from lowmem.tools.arguments import (
 from lowmem.tools.fit_config import take_options_of_config
 from lowmem.tools.fit_data import add_data_arguments
 from lowmem.tools.fit_job import check_options
+from lowmem.tools.fit_samples import parse_samples
 from lowmem.tools.fit_settings import HELD_OUT_FROM, HELD_OUT_SHARE, MOST_HELD_OUT, WARMUP_RATIO
 from lowmem.tools.hub_arguments import add_revision_argument, fetch_model
 from lowmem.tools.named_models import folder_or_gguf_or_none
@@ -221,6 +222,20 @@ def add_language_model_arguments(group: argparse._ActionsContainer) -> None:
         "--resume",
         action="store_true",
         help="continue from the state in OUT.training, bit for bit; without a state, start",
+    )
+    group.add_argument(
+        "--keep",
+        type=parse_positive_int,
+        metavar="N",
+        help="keep the adapters of N moments between the first and the last step, as OUT/checkpoints/step-N, which "
+        "generate opens",
+    )
+    group.add_argument(
+        "--samples",
+        type=parse_samples,
+        metavar="N|FILE",
+        help="write answers to the prompts of N held-out examples, or of those in FILE, into the model card: before "
+        "the first step, at the moments of --keep or in the middle, and after the last step",
     )
     group.add_argument(
         "--save-every", type=parse_positive_int, metavar="N", help="steps between saved states (default 50)"

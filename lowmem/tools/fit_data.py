@@ -18,6 +18,7 @@ from lowmem.finetuning.text_examples import (
     PROMPTS_AS_CHAT,
     TEXT_FILE,
     EncodedRows,
+    Example,
     Texts,
     check_length,
     encode_rows,
@@ -31,6 +32,7 @@ from lowmem.tools.chat_arguments import (
     apply_chat_arguments,
     parsed_chat_settings,
 )
+from lowmem.tools.fit_samples import examples_with_prompts
 from lowmem.tools.fit_settings import split_held_out
 from lowmem.tools.output import escaped_and_truncated
 
@@ -105,6 +107,7 @@ class FitTexts:
         notes: on the texts, to be printed behind what is said of the model.
         window: the most tokens of a window of .txt files, where it is less than ``length``.
         lengths: of the rows of ``--data`` before they are cut, and of windows of .txt files.
+        samples: whose prompts are to be answered.
     """
 
     tokenizer: Any
@@ -117,6 +120,7 @@ class FitTexts:
     notes: tuple[str, ...]
     window: int | None
     lengths: tuple[int, ...]
+    samples: tuple[Example, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -205,8 +209,14 @@ def read_fit_texts(
     notes += [] if held_out is None else _overlap_notes(texts, held_out)
     if chat.date is not None and texts.chats:
         notes.append(f"the chat template writes today's date into prompts: that of OUT writes {chat.date} every day")
+    samples: Sequence[Example] = () if held_out is None else held_out.examples
+    if isinstance(arguments.samples, Path):
+        rows, mistakes = _encode_data([str(arguments.samples)], text_tokenizer, options, arguments.skip_bad_rows)
+        samples = rows.texts(length, str(arguments.samples), window).examples
+        notes += mistakes
+    samples = () if arguments.samples is None else examples_with_prompts(samples, arguments.samples)
     paths = tuple(map(Path, arguments.data))
-    return FitTexts(tokenizer, paths, length, texts, held_out, options, chat, tuple(notes), window, lengths)
+    return FitTexts(tokenizer, paths, length, texts, held_out, options, chat, tuple(notes), window, lengths, samples)
 
 
 def check_data_options(arguments: argparse.Namespace) -> None:
@@ -217,8 +227,8 @@ def check_data_options(arguments: argparse.Namespace) -> None:
         OSError: a file is not here.
     """
     _columns(arguments.columns or ())
-    for path in (*arguments.data, arguments.eval_data):
-        if path is not None:
+    for path in (*arguments.data, arguments.eval_data, arguments.samples):
+        if path is not None and not isinstance(path, int):
             check_data_path(path)
     if arguments.chat_template not in (None, NO_TEMPLATE):
         read_text_and_sha256(Path(arguments.chat_template))

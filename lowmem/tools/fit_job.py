@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -43,6 +43,7 @@ from lowmem.tools.arguments import DEFAULT_RANK, option_string, select_local_ran
 from lowmem.tools.chat_arguments import RECORD_KEY
 from lowmem.tools.fit_config import check_digests_of_config
 from lowmem.tools.fit_data import FitTexts, check_data_options, read_fit_texts
+from lowmem.tools.fit_samples import samples_record
 from lowmem.tools.fit_settings import (
     WARMUP_RATIO,
     batches_of_default_step,
@@ -59,9 +60,9 @@ KEPT_BASE_WEIGHTS = 10**9
 _MAX_TIMEOUT = 10**8
 """Seconds, three years: PyTorch's times overflow with much more."""
 
-MAY_DIFFER = ("lr", "clip", "save_every", "batch_size", "accumulate", "processes", "device")
+MAY_DIFFER = ("lr", "clip", "save_every", "batch_size", "accumulate", "processes", "device", "keep", "samples")
 """Settings that may change when a run resumes: those that help after a loss that was not finite, how often states are
-saved, how the rows of a step are divided, and the device."""
+saved, how the rows of a step are divided, the device, and what is written beside the adapter."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class FineTuningJob:
     device: torch.device
     timeout: timedelta
     keep_base: bool  # whether the stored base is written beside the adapter
+    keep: int | None  # number of adapters to keep of moments in the run
+    sample_count: int | None  # if it is given as a number
     notes: tuple[str, ...]  # on the base
     resumed_run: Mapping[str, Any] | None
     gguf: GGUFOutlook  # of the base as it is stored for training
@@ -145,6 +148,8 @@ class FineTuningJob:
             "block_size": getattr(self.technique, "block_size", None),
             "processes": self.process_count or 1,
             "device": self.device.type,
+            "keep": self.keep,
+            "samples": self.sample_count,
             **self.data.identity(),
             "rows_of_a_step": self.settings.batch_size * self.settings.accumulate * (self.process_count or 1),
         }
@@ -180,7 +185,9 @@ class FineTuningJob:
             states.remove()
         return True
 
-    def training_record(self, outcome: Outcome, perplexities: dict[str, float]) -> dict[str, Any]:
+    def training_record(
+        self, outcome: Outcome, perplexities: dict[str, float], answers: Mapping[str, Sequence[str]]
+    ) -> dict[str, Any]:
         """Return how the adapter was trained, as JSON: the same for the same run, resumed or not."""
         return {
             "lowmem": __version__,
@@ -195,6 +202,7 @@ class FineTuningJob:
             "perplexity": {name: finite_or_none(value) for name, value in perplexities.items()},
             # Blocks of the base; None: the format's, or no blocks
             "block_size": getattr(self.technique, "block_size", None),
+            **({"samples": samples_record(self.data.samples, self.tokenizer, answers)} if answers else {}),
         }
 
 
@@ -234,8 +242,12 @@ def check_options(arguments: argparse.Namespace) -> None:
         share = getattr(arguments, name)
         if share is not None and share >= 1:
             raise ValueError(f"{option_string(name)}={share:g} must be below 1")
-    if arguments.keep_base and arguments.save is None:
-        raise ValueError("--keep-base writes a folder into OUT: name OUT with --save")
+    for name in ("keep", "keep_base"):
+        if is_given(arguments, name) and arguments.save is None:
+            raise ValueError(f"{option_string(name)} writes into OUT: name OUT with --save")
+    for name in ("keep", "samples"):
+        if is_given(arguments, name) and arguments.shard:
+            raise ValueError(f"{option_string(name)} needs a whole model in one process: leave it or --shard out")
     _check_optimizer(arguments)
     how = "shard" if arguments.shard else "replicate" if arguments.replicate else None
     if arguments.timeout is not None and how is None:
@@ -324,6 +336,8 @@ def check_arguments_and_make_job(
         device,
         timeout,
         arguments.keep_base,
+        arguments.keep,
+        arguments.samples if isinstance(arguments.samples, int) else None,
         tuple(base_notes),
         resumed_run,
         gguf,
@@ -470,6 +484,7 @@ def _check_output_paths_disjoint(arguments: argparse.Namespace, job: FineTuningJ
     if states is not None and os.path.lexists(states) and not states.is_dir():
         raise FileExistsError(f"{quoted_path(states)} exists, where states go; remove it or choose another name")
     inputs = {"MODEL": job.model_path, "--from": job.start_adapter, "--eval-data": arguments.eval_data}
+    inputs["--samples"] = arguments.samples if job.sample_count is None else None
     for option, path in outputs.items():
         for data_path in job.data.paths if path is not None else ():
             check_outside_inputs(path, inputs | {"--data": data_path}, option)

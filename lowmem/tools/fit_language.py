@@ -45,7 +45,13 @@ from lowmem.tools.fit_job import (
     states_folder,
 )
 from lowmem.tools.fit_memory import split_rows_or_refuse
-from lowmem.tools.fit_result import reproducing_shell_command, suggested_next_commands, write_adapter_folder
+from lowmem.tools.fit_result import (
+    reproducing_shell_command,
+    suggested_next_commands,
+    write_adapter_folder,
+    write_checkpoint,
+)
+from lowmem.tools.fit_samples import evenly_spaced_steps, generate_answers
 from lowmem.tools.fit_settings import options_of_run
 from lowmem.tools.fit_show import print_examples
 from lowmem.tools.output import (
@@ -165,7 +171,7 @@ def _run_training_job(arguments: argparse.Namespace, job: FineTuningJob, ranks: 
         columns = MofNCompleteColumn, "steps {task.fields[figures]}", TimeRemainingColumn
         with progress_display(job.public_base_name, *columns, figures="") as update:
             outcome = training.train(states, lambda step: report(step, update, writers))
-        document = job.training_record(outcome, training.perplexities)
+        document = job.training_record(outcome, training.perplexities, training.answers)
         # First: a run whose folder is complete is not done again
         if arguments.plot is not None and ranks.rank == 0:
             before = {name: value for name, value in training.perplexities.items() if name != "adapted"}
@@ -204,6 +210,7 @@ class _LanguageModelTraining:
     Attributes:
         model: after the training None in all processes but the first.
         perplexities: of the held-out text: "dense", "stored", and "adapted" at last.
+        answers: to the prompts of the samples, by the number of completed steps.
     """
 
     def __init__(
@@ -226,6 +233,10 @@ class _LanguageModelTraining:
         with forked_rng(job.device):
             torch.manual_seed(job.settings.seed)
             self.model: nn.Module | None = _add_or_load_adapter(job, model)
+        self.answers: dict[str, list[str]] = dict(saved_facts.get("answers", {}))
+        if not self.answers:
+            self._answer_samples(0)
+        saved_facts["answers"] = dict(self.answers)
         self._rows = self._rows_from_texts(job.texts)
         if not self._rows.calling.isolates_texts and len(job.texts.examples) > 1:
             rows = job.run_identity_dict()["rows_of_a_step"]
@@ -242,16 +253,46 @@ class _LanguageModelTraining:
             prepare_training(self.model, job.memory_mode)
         held_out = None if job.held_out is None else self._rows_from_texts(job.held_out)
         model = ranks.wrap_model(self.model)
+
+        def watch(step: Step) -> None:
+            on_step(step)
+            self._keep_and_answer(step)
+            if states is not None:
+                states.facts["answers"] = dict(self.answers)
+
         with float32_attention_mode_if_faster(model):
             outcome = finetune(
-                model, self._rows, job.settings, held_out=held_out, states=states, ranks=ranks, watch=on_step
+                model, self._rows, job.settings, held_out=held_out, states=states, ranks=ranks, watch=watch
             )
         self.model = ranks.full_model_on_rank_zero(model)
         if self.model is not None:
             release_training(self.model)
+            self._answer_samples(outcome.step)
         if outcome.evaluations:
             self.perplexities["adapted"] = dict(outcome.evaluations)[outcome.step]
         return outcome
+
+    def _keep_and_answer(self, step: Step) -> None:
+        """Write a checkpoint and answer the samples, where it is time."""
+        job = self._job
+        if self._ranks.rank == 0 and step.number in evenly_spaced_steps(step.steps, job.keep or 0):
+            assert self.model is not None
+            moment = job.training_record(Outcome([step.loss], step=step.number), {}, {}) | {"steps": step.number}
+            write_checkpoint(job, self.model, moment)
+        if step.number in evenly_spaced_steps(step.steps, job.keep or 1):
+            self._answer_samples(step.number)
+
+    def _answer_samples(self, step: int) -> None:
+        job = self._job
+        if not job.data.samples or self._ranks.rank > 0:
+            return
+        from lowmem.integrations.transformers.text_generation import end_token_ids
+
+        ends = end_token_ids(self.model, job.tokenizer, bool(job.texts.chats), job.data.chat.template_kwargs)
+        answers = generate_answers(self.model, job.tokenizer, ends, job.data.samples, job.length)
+        self.answers[str(step)] = answers
+        for number, answer in enumerate(answers, 1):
+            self._print_line(f"sample {number} after {step} steps: {escaped_and_truncated(answer)}")
 
     def _load_base_model(self, technique: StorageTechnique) -> nn.Module:
         from lowmem.integrations.transformers.model_facts import delayed_transformers_log

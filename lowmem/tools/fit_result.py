@@ -18,8 +18,12 @@ from lowmem.io.adapter_files import save_adapter
 from lowmem.io.filesystem import atomic_folder, write_atomically, write_errors_with_path
 from lowmem.io.hub_names import hub_name_and_commit_or_none
 from lowmem.io.training_record import KEPT_BASE, RECORD_FILE
-from lowmem.tools.fit_job import FineTuningJob
+from lowmem.tools.fit_job import FineTuningJob, states_folder
+from lowmem.tools.fit_samples import samples_markdown
 from lowmem.transforms.named_adapters import delete_adapter
+
+CHECKPOINTS = "checkpoints"
+"""The folder in OUT with those that ``--keep`` writes; an adapter in OUT itself would be one of several to choose."""
 
 _TRANSIENT_OPTIONS = ("--resume", "--json", "--debug")
 
@@ -73,12 +77,9 @@ def write_adapter_folder(
         states_folder.mkdir(exist_ok=True)
     try:
         with atomic_folder(job.save_path, states_folder) as partial:
-            save_adapter(model, partial / "adapter", format="peft", base_name=job.base_name)
-            for file in sorted((partial / "adapter").iterdir()):
-                shutil.move(file, partial / file.name)
-            (partial / "adapter").rmdir()
-            job.tokenizer.save_pretrained(partial)
-            write_atomically(partial / RECORD_FILE, (json.dumps(record, indent=2) + "\n").encode())
+            _write_adapter_files(job, partial, model, record)
+            if (states_folder / CHECKPOINTS).exists():
+                shutil.copytree(states_folder / CHECKPOINTS, partial / CHECKPOINTS)
             write_atomically(partial / "README.md", _model_card_markdown(job, record, command).encode())
             if job.keep_base:
                 # Only the files are used from here on
@@ -86,6 +87,29 @@ def write_adapter_folder(
     finally:
         with suppress(OSError):  # it has states
             states_folder.rmdir()
+
+
+def write_checkpoint(job: FineTuningJob, model: nn.Module, record: dict[str, Any]) -> None:
+    """Write the adapter of a moment beside the states of a run, from where ``write_adapter_folder`` takes it."""
+    assert job.save_path is not None
+    folder = states_folder(job.save_path)
+    path = folder / CHECKPOINTS / f"step-{record['steps']}"
+    with write_errors_with_path(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Of a run that went on from a state before it
+        if path.exists():
+            shutil.rmtree(path)
+    with atomic_folder(path, folder) as partial:
+        _write_adapter_files(job, partial, model, record)
+
+
+def _write_adapter_files(job: FineTuningJob, folder: Path, model: nn.Module, record: dict[str, Any]) -> None:
+    save_adapter(model, folder / "adapter", format="peft", base_name=job.base_name)
+    for file in sorted((folder / "adapter").iterdir()):
+        shutil.move(file, folder / file.name)
+    (folder / "adapter").rmdir()
+    job.tokenizer.save_pretrained(folder)
+    write_atomically(folder / RECORD_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def _model_card_markdown(job: FineTuningJob, record: dict[str, Any], command: str) -> str:
@@ -104,6 +128,7 @@ def _model_card_markdown(job: FineTuningJob, record: dict[str, Any], command: st
         "Examples": run["examples"],
         "Base while training": run["format"],
     }
+    samples = samples_markdown(record.get("samples", ()))
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     return f"""---
 base_model: {base}
@@ -126,7 +151,7 @@ A LoRA adapter of `{base}`, trained on `{", ".join(job.data.names)}` by lowmem {
 {rows}
 
 {_usage_instructions(job)} All settings are in `training.json`.
-"""
+{samples and f"{chr(10)}{samples}{chr(10)}"}"""
 
 
 def _usage_instructions(job: FineTuningJob) -> str:

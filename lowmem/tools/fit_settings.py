@@ -57,6 +57,7 @@ def options_of_run(run: Mapping[str, Any], is_dense: bool) -> dict[str, Any]:
     """
     settings = [field.name for field in fields(FineTuning)]
     names = (*settings, "alpha", "dropout", "rank", "memory", "length", "system", "template_kwargs")
+    names += ("keep", "samples")
     options = {name: run.get(name) for name in names}
     options |= {"target": run.get("targets") or None, "rslora": run.get("rank_stabilized")}
     if "clip" in run:

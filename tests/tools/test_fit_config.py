@@ -2,14 +2,20 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
 
+from transformers import AutoModelForCausalLM, LlamaConfig
+
 from lowmem.__main__ import main
+from lowmem.tools import fit_memory
 from lowmem.tools.fit_config import options_as_text
+from lowmem.tools.fit_dry_run import plan_and_peak_bytes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGV = ["fit", "llama", "--data", "data.jsonl", "--length", "64"]
@@ -114,3 +120,45 @@ def test_the_files_of_examples_resolve(path, place, capsys):
     assert main([*argv, "--steps", "1", "--length", "64"]) == 0
     assert "settings: --steps=1" in capsys.readouterr().out
     assert json.loads(Path("tuned", "training.json").read_text())["run"]["examples"] == 95
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("llama-1b", {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64}),
+        ("llama-8b", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}),
+    ],
+)
+def test_the_shapes_of_examples_fit_in_16_gib(name, sizes, place, monkeypatch):
+    """The files of the weights have a header, and a hole in place of the numbers."""
+    config = LlamaConfig(
+        **sizes,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        tie_word_embeddings=name == "llama-1b",
+        dtype="bfloat16",
+    )
+    config.save_pretrained("shape")
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(config).state_dict()
+    if config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    header, end = {}, 0
+    for key, weight in weights.items():
+        start, end = end, end + 2 * weight.numel()
+        header[key] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open("shape/model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + end)
+    path = Path("llama", "config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 2048}))
+    jobs = []
+    monkeypatch.setattr(fit_memory, "available_memory_or_none", lambda: 0)
+    monkeypatch.setattr(fit_memory, "plan_and_peak_bytes", lambda job, **named: jobs.append(job) or (None, 1))
+    argv = ["fit", "llama", "--data", "data.jsonl", "--config", str(EXAMPLES / f"{name}.yaml"), "--save", "tuned"]
+    assert main(argv) == 2
+    _, peak = plan_and_peak_bytes(replace(jobs[0], model_path=Path("shape")), is_measured=False)
+    assert end / 4 < peak < 14 * 2**30
