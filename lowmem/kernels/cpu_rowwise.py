@@ -21,7 +21,7 @@ from lowmem.kernels.tensor_checks import (
     is_plain_cpu_tensor,
     is_recording_operations,
 )
-from lowmem.quant.backend import ColumnPanel, KeyOrValueStates, SigmoidPolynomial
+from lowmem.quant.backend import Activation, ColumnPanel, KeyOrValueStates, SquaredReLU
 from lowmem.quant.formats import Format
 
 _LEVELS = 16  # of csrc/columns.h
@@ -30,7 +30,7 @@ _TERMS = 7  # of struct gated in csrc/row_calls.h
 # enum row_function of csrc/plan.h, and the layouts of the structs in csrc/row_calls.h
 NORM, GATED, _ENTROPY, _ENCODE8, _DECODE8, _ROUND_COLUMNS, ATTENTION, ENCODE_STATES = range(8)
 COMPARE, COMPARE_CALL = 10, Struct("@iiqqPPP")
-NORM_CALL, GATED_CALL = Struct("@iiqqffqPPPP"), Struct("@iiqqqq7fPPPPP")
+NORM_CALL, GATED_CALL = Struct("@iiqqffqPPPP"), Struct("@iiqqqq7fiPPPPP")
 _ENTROPY_CALL, _SAVED8_CALL, _ROUNDING_CALL = Struct("@iiqqfPPP"), Struct("@iqqPPPP"), Struct("@qqiPPPPPPPP")
 _STATES = "iPP6q"
 ATTENTION_CALL, CODING_CALL = Struct(f"@7q2f{_STATES * 4}P"), Struct(f"@4q{_STATES * 2}")
@@ -83,7 +83,7 @@ class CpuRowwiseMixin:
         self.native.rowwise(self._isa, NORM, torch.get_num_threads(), rows * width, call)
         return out
 
-    def gated(self, a: Tensor, b: Tensor | None, activation: SigmoidPolynomial, dtype: torch.dtype) -> Tensor:
+    def gated(self, a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor:
         """Return ``act(a) b`` in ``dtype``, contiguous."""
         step = _common_row_stride_or_none(a, b)
         if step is None or not _can_write_dtype(a.dtype, dtype) or not self._are_c_readable_and_alike(a, b):
@@ -97,7 +97,7 @@ class CpuRowwiseMixin:
         grad: Tensor,
         a: Tensor,
         b: Tensor | None,
-        activation: SigmoidPolynomial,
+        activation: Activation,
         into: tuple[Tensor, Tensor | None],
     ) -> None:
         """Write the gradients of a and b for ``gated``."""
@@ -125,15 +125,15 @@ class CpuRowwiseMixin:
         a: Tensor,
         b: Tensor | None,
         grad: Tensor | None,
-        activation: SigmoidPolynomial,
+        activation: Activation,
         row_stride: int,
         into: tuple[Tensor, Tensor | None],
         out_row_stride: int,
     ) -> None:
-        width, terms = a.shape[-1], padded_activation_terms(activation)
+        width, fields = a.shape[-1], activation_struct_fields(activation)
         types, sizes = (TYPES[a.dtype], TYPES[into[0].dtype]), (a.numel() // width, width, row_stride, out_row_stride)
         self._call_rowwise(
-            GATED, a.numel(), GATED_CALL.pack(*types, *sizes, *terms, *map(_address_or_zero, (a, b, grad, *into)))
+            GATED, a.numel(), GATED_CALL.pack(*types, *sizes, *fields, *map(_address_or_zero, (a, b, grad, *into)))
         )
 
     def entropies(self, logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
@@ -305,9 +305,11 @@ def mask_struct_fields_or_none(mask: Tensor | None, shape: tuple[int, ...]) -> t
     )
 
 
-def padded_activation_terms(activation: SigmoidPolynomial) -> tuple[float, ...]:
-    """Return the terms of struct gated."""
-    return (*activation.terms, *[0.0] * _TERMS)[:_TERMS]
+def activation_struct_fields(activation: Activation) -> tuple[float, ...]:
+    """Return the terms of struct gated, and whether it is a squared ReLU, which has none."""
+    if isinstance(activation, SquaredReLU):
+        return *[0.0] * _TERMS, True
+    return *(*activation.terms, *[0.0] * _TERMS)[:_TERMS], False
 
 
 def _address_or_zero(tensor: Tensor | None) -> int:

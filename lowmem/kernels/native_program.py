@@ -19,7 +19,7 @@ from torch import Tensor
 from lowmem.kernels import cpu_rowwise
 from lowmem.kernels.cpu import CpuBackend, NativeWeight
 from lowmem.kernels.tensor_checks import TYPES, is_plain_cpu_tensor
-from lowmem.quant.backend import SigmoidPolynomial
+from lowmem.quant.backend import Activation
 
 # enum row_function and PRODUCTS of csrc/plan.h, and the structs of csrc/row_calls.h, each behind its function
 _ADD, _ROTATE, _PRODUCTS = 8, 9, 100
@@ -136,9 +136,7 @@ class NativeProgram:
         self._append_step(cpu_rowwise.ATTENTION_CALL.format, cpu_rowwise.ATTENTION, fields_name, *_NO_ATTENTION)
         return self.reserve_scratch_address(out_elements)
 
-    def append_gated(
-        self, a: int, b: int, rows: int, columns: int, row_stride: int, activation: SigmoidPolynomial
-    ) -> int:
+    def append_gated(self, a: int, b: int, rows: int, columns: int, row_stride: int, activation: Activation) -> int:
         """``act(a) b`` of rows that are ``row_stride`` numbers apart."""
         count, out = rows * columns, self.reserve_scratch_address(rows * columns)
         struct_fields = (
@@ -148,7 +146,7 @@ class NativeProgram:
             columns,
             row_stride,
             columns,
-            *cpu_rowwise.padded_activation_terms(activation),
+            *cpu_rowwise.activation_struct_fields(activation),
             a,
             b,
             0,

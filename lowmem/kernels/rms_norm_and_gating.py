@@ -1,28 +1,29 @@
 """RMS norms, gated activations and cross entropies of rows: the definitions of these methods of ``Backend``.
 
     norm(x)      x / sqrt(mean(x^2) + eps) * factor
-    gated(a, b)  act(a) b,  act(a) = a sigmoid(z(a)),  z odd
+    gated(a, b)  act(a) b,  act(a) = a sigmoid(z(a)), z odd, or relu(a)^2
     entropies    -(1 - e) log p[target] - e mean(log p),  with the gradient  p - (1 - e) onehot - e / vocabulary
 
 for p the softmax of a row of logits and e the label smoothing. Everything is computed in float32 (float64 where an
 argument is) and rounded once.
 
 Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467; Shazeer, GLU Variants Improve Transformer,
-arXiv 2002.05202; Hendrycks and Gimpel, Gaussian Error Linear Units, arXiv 1606.08415, whose tanh is a sigmoid here,
-(1 + tanh(z / 2)) / 2 = sigmoid(z). By the error function it is x Phi(x), Phi the normal distribution, for which C
-takes the sigmoid of a polynomial.
+arXiv 2002.05202; So et al., Primer, arXiv 2109.08668, for squared ReLU; Hendrycks and Gimpel, Gaussian Error Linear
+Units, arXiv 1606.08415, whose tanh is a sigmoid here, (1 + tanh(z / 2)) / 2 = sigmoid(z). By the error function it is
+x Phi(x), Phi the normal distribution, for which C takes the sigmoid of a polynomial.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from lowmem.quant.backend import SigmoidPolynomial
+from lowmem.quant.backend import Activation, SigmoidPolynomial, SquaredReLU
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Activation] = {
     "SiLU": SigmoidPolynomial((1.0,)),
     "GELU (tanh)": SigmoidPolynomial((math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi))),
     "GELU (sigmoid)": SigmoidPolynomial((1.702,)),
@@ -30,6 +31,7 @@ ACTIVATIONS = {
     "GELU": SigmoidPolynomial(
         (1.59577054, 0.0726641097, -6.33138327e-5, -1.1130911e-4, 8.04703879e-6, -2.73385375e-7, 3.75137872e-9), True
     ),
+    "squared ReLU": SquaredReLU(),
 }
 
 # Rows whose probabilities are computed at a time: few enough to stay in a processor's cache
@@ -75,7 +77,7 @@ def norm_factor_grad(grad: Tensor, x: Tensor, eps: float, chunk_rows: int = 256)
     return total
 
 
-def gated(a: Tensor, b: Tensor | None, activation: SigmoidPolynomial, dtype: torch.dtype) -> Tensor:
+def gated(a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor:
     """Return ``act(a) b``: (..., n), contiguous, in ``dtype``; differentiable, and of any class of tensors.
 
     Args:
@@ -85,12 +87,12 @@ def gated(a: Tensor, b: Tensor | None, activation: SigmoidPolynomial, dtype: tor
         dtype: of the result.
     """
     wide = _as_float32_or_wider(a)
-    out = wide * _activation_factor_and_slope(wide, activation)[0]
+    out = _activation_and_slope(wide, activation)[0]
     return (out if b is None else out * b).to(dtype)
 
 
 def gated_grad(
-    grad: Tensor, a: Tensor, b: Tensor | None, activation: SigmoidPolynomial, into: tuple[Tensor, Tensor | None]
+    grad: Tensor, a: Tensor, b: Tensor | None, activation: Activation, into: tuple[Tensor, Tensor | None]
 ) -> None:
     """Write the gradients of a and b.
 
@@ -108,13 +110,12 @@ def gated_grad(
 
 
 def gated_input_grads(
-    grad: Tensor, a: Tensor, b: Tensor | None, activation: SigmoidPolynomial
+    grad: Tensor, a: Tensor, b: Tensor | None, activation: Activation
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of a and b in float32 or wider; ``grad`` may be a batch of gradients (vmap)."""
     wide = _as_float32_or_wider(a)
-    factor, its_slope = _activation_factor_and_slope(wide, activation)
-    slope = factor + wide.clamp(-88, 88) * its_slope
-    return (grad * slope, None) if b is None else (grad * slope * b, grad * (wide * factor))
+    act, slope = _activation_and_slope(wide, activation)
+    return (grad * slope(), None) if b is None else (grad * slope() * b, grad * act)
 
 
 def entropies(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
@@ -146,7 +147,16 @@ def _rms_normalized(x: Tensor, eps: float) -> Tensor:
     return wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
 
 
-def _activation_factor_and_slope(x: Tensor, activation: SigmoidPolynomial) -> tuple[Tensor, Tensor]:
+def _activation_and_slope(x: Tensor, activation: Activation) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Return ``act(x)`` and a function that returns its derivative."""
+    if isinstance(activation, SquaredReLU):
+        positive = x.relu()
+        return positive.square(), lambda: 2 * positive
+    factor, its_slope = _sigmoid_factor_and_slope(x, activation)
+    return x * factor, lambda: factor + x.clamp(-88, 88) * its_slope
+
+
+def _sigmoid_factor_and_slope(x: Tensor, activation: SigmoidPolynomial) -> tuple[Tensor, Tensor]:
     """Return ``act(x) / x`` and its derivative; beyond 88, where it is 0 or 1, those of 88."""
     x = x.clamp(-88, 88)
     if activation.uses_erf:

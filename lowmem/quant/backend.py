@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -28,6 +29,22 @@ class SigmoidPolynomial(NamedTuple):
 
     terms: tuple[float, ...]
     uses_erf: bool = False
+
+    @property
+    def degree(self) -> int:
+        """``|act(x)|`` is at most ``(1 + |x|)^degree``."""
+        return 1
+
+
+@dataclass(frozen=True)
+class SquaredReLU:
+    """act(x) = relu(x)^2."""
+
+    degree = 2
+
+
+Activation: TypeAlias = SigmoidPolynomial | SquaredReLU
+"""What ``Backend.gated`` computes of its first argument."""
 
 
 class ColumnPanel(NamedTuple):
@@ -121,7 +138,7 @@ class Backend(Protocol):
     def norm_grad(self, grad: Tensor, x: Tensor, factor: Tensor, eps: float) -> Tensor:
         """Return the gradient of x for ``norm``."""
 
-    def gated(self, a: Tensor, b: Tensor | None, activation: SigmoidPolynomial, dtype: torch.dtype) -> Tensor:
+    def gated(self, a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor:
         """Return ``act(a) b`` in ``dtype``."""
 
     def gated_grad(
@@ -129,7 +146,7 @@ class Backend(Protocol):
         grad: Tensor,
         a: Tensor,
         b: Tensor | None,
-        activation: SigmoidPolynomial,
+        activation: Activation,
         into: tuple[Tensor, Tensor | None],
     ) -> None:
         """Write the gradients of a and b for ``gated``."""

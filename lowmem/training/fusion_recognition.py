@@ -220,13 +220,14 @@ def _probe_activation_spec_or_none(module: nn.Module) -> Act | None:
         if computed is None or (computed[1].dtype, computed[1].shape) != (x.dtype, x.shape):
             return None
         grad, expected, wanted = computed
-        size = (1 + x.detach().double().abs()) ** (1 if dtype is torch.float32 else 2)
         matching = []
         for name in names:
+            degree = max(ACTIVATIONS[name].degree, 1 if dtype is torch.float32 else 2)
+            size = (1 + x.detach().double().abs()) ** degree
             got = recomputable_activation(x, name)
             (gradient,) = torch.autograd.grad(got, x, grad)
             pairs = (got, expected, size), (gradient, wanted, size * grad.double().abs())
-            # Eight roundings, of numbers near 1 + |x| at most
+            # Eight roundings, of numbers near (1 + |x|)^degree at most
             if _are_all_close(pairs, 8 * torch.finfo(dtype).eps):
                 matching.append(name)
         names = matching
@@ -377,11 +378,11 @@ def _is_gated_product(
     got = gated_product(gate, up, spec.activation, spec.gate_first)
     if type(hidden) is not Tensor or (hidden.dtype, hidden.shape) != (dtype, got.shape) or not hidden.requires_grad:
         return False
-    # Up to five roundings, of numbers not larger than (1 + |gate|) * (1 + |up|).
+    # Up to five roundings, of numbers not larger than (1 + |gate|)^degree * (1 + |up|).
     unit = 5 * torch.finfo(dtype).eps
     exact = [tensor.detach().double().abs() for tensor in sources]
     a, b = exact if up is not None else exact[0].chunk(2, -1)
-    bound = (1 + a) * (1 + b)
+    bound = (1 + a) ** ACTIVATIONS[spec.activation].degree * (1 + b)
     near = _are_all_close([(got, hidden, bound)], unit)
     if not (near and compare_gradients):
         return near

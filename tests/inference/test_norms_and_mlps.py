@@ -78,6 +78,26 @@ def test_a_gate_that_is_the_second_half_of_a_layer_is_the_gate(ran):
     assert (got - expected).abs().max() <= 64 * torch.finfo(x.dtype).eps * expected.abs().max()
 
 
+class SquaredReLU(nn.Module):
+    def forward(self, x):
+        return functional.relu(x).square()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_gate_may_be_a_squared_relu(joined, dtype, ran):
+    torch.manual_seed(0)
+    mlp, x = MLP(joined).to(dtype), 4 * inputs(dtype)
+    mlp.act = SquaredReLU()
+    convert(mlp, TECHNIQUES[0]).eval()
+    with torch.no_grad():
+        expected = mlp(x)
+        got = prepare_inference(mlp)(x)
+    assert inference_report(mlp) == {"": "gated MLP in one call (squared ReLU)"}
+    assert ran == [True]
+    assert (got.double() - expected.double()).abs().max() <= 64 * torch.finfo(dtype).eps * expected.abs().max()
+
+
 def test_the_report_says_what_was_done_and_why_not():
     model = nn.Sequential(model_of(), Block().eval())
     prepare_inference(model)

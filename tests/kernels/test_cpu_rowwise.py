@@ -33,7 +33,7 @@ def test_other_dtypes_and_empty_batches_and_which_arguments_c_takes():
 
 
 # Of a function's number in C: its name, its struct, and the field with the address of a gradient.
-FUNCTIONS = {0: ("norm", cpu_rowwise.NORM_CALL, 8), 1: ("gated", cpu_rowwise.GATED_CALL, 15)}
+FUNCTIONS = {0: ("norm", cpu_rowwise.NORM_CALL, 8), 1: ("gated", cpu_rowwise.GATED_CALL, 16)}
 
 
 def check_what_c_takes(dtype, patch):
@@ -77,7 +77,8 @@ def check_what_c_takes(dtype, patch):
         (a[0, 0], b[0, 0], grad[0, 0]),
         (a.bfloat16(), b.bfloat16(), grad),  # may be wider
     ):
-        assert operations(check_gated, one, two, g, silu) == {"gated", "gated_grad"}
+        for activation in (silu, ACTIVATIONS["squared ReLU"]):
+            assert operations(check_gated, one, two, g, activation) == {"gated", "gated_grad"}
     for one, two, g in (
         (left, b, grad),
         (a, right, grad),

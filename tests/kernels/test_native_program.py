@@ -92,21 +92,21 @@ def test_products_of_what_products_have_given(isa):
 
 
 @compiled
-@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 70), dtypes, seeds)
-def test_functions_of_rows_and_what_they_hand_on(isa, batch, tokens, columns, dtype, seed):
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 70), dtypes, st.sampled_from([*ACTIVATIONS]), seeds)
+def test_functions_of_rows_and_what_they_hand_on(isa, batch, tokens, columns, dtype, name, seed):
     """A norm whose result is gated, added up, and normed again."""
     with kernels.temporary_cpu_backend(isa):
-        kernel, silu = backend_for(), ACTIVATIONS["SiLU"]
+        kernel, activation = backend_for(), ACTIVATIONS[name]
         x, other = (numbers((batch * tokens, columns), seed + i, dtype) for i in range(2))
         factor = numbers(columns, seed + 2, dtype)
         steps, rows = NativeProgram(kernel, x.new_empty(3 * x.numel())), batch * tokens
         normed = steps.append_norm(x.data_ptr(), rows, factor, 1e-5, 1.0, False)
-        gated = steps.append_gated(normed, other.data_ptr(), rows, columns, columns, silu)
+        gated = steps.append_gated(normed, other.data_ptr(), rows, columns, columns, activation)
         steps.append_sum(gated, x.data_ptr(), x.numel())
         assert steps.try_run()
         first, second, third = steps.scratch.view(3, rows, columns)
         assert torch.equal(first, kernel.norm(x, factor.float() + 1.0, 1e-5, False))
-        assert torch.equal(second, kernel.gated(first, other, silu, dtype))
+        assert torch.equal(second, kernel.gated(first, other, activation, dtype))
         assert torch.equal(third, (second.float() + x.float()).to(dtype))
 
 

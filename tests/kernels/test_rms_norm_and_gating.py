@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from lowmem import kernels
 from lowmem.kernels.rms_norm_and_gating import ACTIVATIONS, norm_factor_grad
-from lowmem.quant.backend import backend_for, backend_of
+from lowmem.quant.backend import SquaredReLU, backend_for, backend_of
 from tests import strategies
 from tests.compiled import ISAS, compiled, on_threads
 from tests.rounding import default_dtype, gamma, unit
@@ -59,6 +59,22 @@ def check_norm(x, factor, grad, eps):
 
 
 def check_gated(a, b, grad, activation):
+    check = check_gated_by_a_square if isinstance(activation, SquaredReLU) else check_gated_by_a_sigmoid
+    check(a, b, grad, activation)
+
+
+def check_gated_by_a_square(a, b, grad, activation):
+    """A square and a product are rounded once each; of the gradients, a product more."""
+    dtype, wide = grad.dtype, [one.double().requires_grad_() for one in (a, b)]
+    exact = wide[0].relu().square() * wide[1]
+    near(backend_of(a).gated(a, b, activation, dtype), exact.detach(), exact.detach().abs(), 2, dtype)
+    into = torch.empty(a.shape, dtype=dtype), torch.empty(a.shape, dtype=dtype)
+    backend_of(a).gated_grad(grad, a, b, activation, into)
+    for got, one in zip(into, torch.autograd.grad(exact, wide, grad.double()), strict=True):
+        near(got, one, one.abs(), 3, dtype)
+
+
+def check_gated_by_a_sigmoid(a, b, grad, activation):
     dtype, wide = grad.dtype, [one.double().requires_grad_() for one in (a, b)]
     x, powers = wide[0], [wide[0].detach().abs().clamp_max(200) ** (2 * i + 1) for i in range(len(activation.terms))]
     z = sum(term * x ** (2 * i + 1) for i, term in enumerate(activation.terms))
@@ -142,9 +158,12 @@ def test_extreme_numbers_saturate_and_a_nan_stays_where_it_is(name):
             backend.gated_grad(torch.ones_like(x), x, torch.ones_like(x), activation, into)
             for one in (out, *into):
                 assert torch.equal(one.isnan(), x.isnan())
-            positive = x >= 80
-            assert torch.equal(out[positive], x[positive])
-            assert (into[0][positive] == 1).all()
+            positive, squares = x >= 80, isinstance(activation, SquaredReLU)
+            assert torch.equal(out[positive], x[positive].square() if squares else x[positive])
+            assert torch.equal(into[0][positive], 2 * x[positive] if squares else torch.ones_like(x[positive]))
+            if squares:  # exactly, at the smallest and the largest numbers, too
+                assert not out[x <= 0].any()
+                assert not into[0][x <= 0].any()
             assert (out[(x <= -80) & (x > -1e3)].abs() <= 1e-30).all()
             assert (into[0][x <= -80].abs() <= 1e-20).all()
         zeros = backend.norm(torch.zeros(2, 40), torch.ones(40), 1e-6, False)

@@ -52,8 +52,18 @@ class NewGELU(nn.Module):
         return 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3))))
 
 
+class SquaredReLU(nn.Module):
+    """As in Nemotron."""
+
+    def forward(self, x):
+        return torch.square(functional.relu(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize(("kind", "name", "copies"), [(NewGELU, "GELU (tanh)", 3), (nn.GELU, "GELU", 1)])
+@pytest.mark.parametrize(
+    ("kind", "name", "copies"),
+    [(NewGELU, "GELU (tanh)", 3), (nn.GELU, "GELU", 1), (SquaredReLU, "squared ReLU", 1)],
+)
 def test_an_activation_keeps_its_input(kind, name, copies, dtype):
     plain, x = kind(), batch(dtype)
     expected, before = gradients(plain, x), saved(lambda: plain(x))
@@ -65,7 +75,7 @@ def test_an_activation_keeps_its_input(kind, name, copies, dtype):
     assert_near(gradients(made, strided), gradients(plain, strided), bound)
 
 
-@pytest.mark.parametrize("kind", [nn.GELU, nn.SiLU, partial(nn.GELU, "tanh"), NewGELU])
+@pytest.mark.parametrize("kind", [nn.GELU, nn.SiLU, partial(nn.GELU, "tanh"), NewGELU, SquaredReLU])
 def test_activations_of_other_layouts_devices_and_of_batches_of_gradients(kind):
     plain, made = kind(), kind()
     fuse(made, probe_fusion_spec_or_reason(made))
@@ -244,11 +254,12 @@ def test_a_graph_goes_with_its_last_reference(read, monkeypatch):
         gc.enable()
 
 
-@pytest.mark.parametrize("part", ["norm", "separate", "joined", "GELU (sigmoid)"])
+@pytest.mark.parametrize("part", ["norm", "separate", "joined", "GELU (sigmoid)", "squared ReLU"])
 def test_gradients_in_batches_are_those_of_each(part):
     """As those of a Jacobian that is vectorized; of weights, too."""
     model = fused(make(joined=part == "joined"))
-    module = {"norm": model.norm, "GELU (sigmoid)": fuse(nn.SiLU(), Act("GELU (sigmoid)"))}.get(part, model.mlp)
+    alone = fuse(nn.SiLU(), Act(part)) if part in ACTIVATIONS else None
+    module = alone or {"norm": model.norm}.get(part, model.mlp)
     x = batch(rows=300)
     wanted, out = [x, *module.parameters()], module(x)
     grads = torch.randn(3, *out.shape)

@@ -110,6 +110,14 @@ def mlp(between, joined=False):
     return type("Made", (Between,), {"between": staticmethod(between)})(joined)
 
 
+SQUARES = [  # ways to write relu(x)^2
+    lambda x: torch.square(functional.relu(x)),
+    lambda x: functional.relu(x) ** 2,
+    lambda x: functional.relu(x) * functional.relu(x),
+    lambda x: x * functional.relu(x),
+]
+
+
 def test_gated_mlps():
     assert probe_fusion_spec_or_reason(MLP()) == GatedMLPSpec("gate", "up", "down", "SiLU")
     assert probe_fusion_spec_or_reason(MLP(joined=True)) == GatedMLPSpec("gate_up", None, "down", "SiLU")
@@ -122,6 +130,9 @@ def test_gated_mlps():
     assert exact == GatedMLPSpec("gate", "up", "down", "GELU")
     quick = probe_fusion_spec_or_reason(mlp(lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up))
     assert quick == GatedMLPSpec("gate", "up", "down", "GELU (sigmoid)")
+    for square in SQUARES:
+        squared = probe_fusion_spec_or_reason(mlp(lambda gate, up, square=square: square(gate) * up))
+        assert squared == GatedMLPSpec("gate", "up", "down", "squared ReLU")
     for techniques in ((LoRA(4),), (FourBit(), LoRA(4)), (FourBit(),)):
         assert probe_fusion_spec_or_reason(convert(MLP(), *techniques)) == GatedMLPSpec("gate", "up", "down", "SiLU")
     made = MLP().bfloat16()
@@ -135,6 +146,11 @@ def test_gated_mlps():
     [
         lambda gate, up: functional.relu(gate) * up,
         lambda gate, up: functional.mish(gate) * up,
+        lambda gate, up: gate.square() * up,
+        lambda gate, up: functional.relu(gate).square() * up * 1.01,
+        lambda gate, up: functional.relu(gate).square().clamp(max=1e5) * up,
+        lambda gate, up: functional.relu(gate).square().detach() * up,
+        lambda gate, up: functional.leaky_relu(gate).square() * up,
         lambda gate, up: functional.silu(gate) * up * 1.01,
         lambda gate, up: functional.silu(gate) + up,
         lambda gate, up: functional.silu(gate.clamp(max=10)) * up,
@@ -207,12 +223,19 @@ def test_activations_without_a_name():
     )
     assert probe_fusion_spec_or_reason(nn.GELU("tanh")) == Act("GELU (tanh)")
     assert probe_fusion_spec_or_reason(nn.SiLU()) == Act("SiLU")
+    for square in SQUARES:
+        assert probe_fusion_spec_or_reason(function(square)) == Act("squared ReLU")
     for of in (
         torch.relu,
         torch.tanh,
         lambda x: x,
         lambda x: functional.silu(x).detach(),
         lambda x: functional.silu(x).clamp(max=20),
+        torch.square,
+        lambda x: functional.leaky_relu(x).square(),
+        lambda x: functional.relu(x).square().clamp(max=1e5),
+        lambda x: functional.relu(x).square().detach(),
+        lambda x: functional.relu(x).square() * 1.01,
         torch.sum,
     ):
         assert probe_fusion_spec_or_reason(function(of)) is None

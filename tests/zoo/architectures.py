@@ -216,6 +216,7 @@ TRANSFORMERS = (
     causal("cohere", "CohereForCausalLM"),
     causal("starcoder2", "Starcoder2ForCausalLM"),
     causal("granite", "GraniteForCausalLM"),
+    causal("nemotron", "NemotronForCausalLM"),
     causal("smollm3", "SmolLM3ForCausalLM"),
     causal("xlnet", "XLNetLMHeadModel"),
     # Recurrent ones, and those that mix recurrence with attention.

@@ -13,12 +13,13 @@ struct norm {
     void *out;
 };
 
-/* Gated activation (gated.h): out = act(a) b, act(a) = a sigmoid(z), z = terms[0] a + terms[1] a^3 + ...; with `grad`, out and
- * out_b = the gradients of a and b. */
+/* Gated activation (gated.h): out = act(a) b, act(a) = relu(a)^2 if `is_squared_relu`, else a sigmoid(z),
+ * z = terms[0] a + terms[1] a^3 + ...; with `grad`, out and out_b = the gradients of a and b. */
 struct gated {
     int type, wide; /* of a and b, and of grad and the outputs: FLOAT32 or BFLOAT16 */
     int64_t rows, columns, step, out_step;
     float terms[7];
+    int is_squared_relu;
     const void *a, *b, *grad; /* b: or NULL */
     void *out, *out_b;        /* out_b: or NULL */
 };

@@ -39,6 +39,7 @@ SIZES = test_key_value_cache.SIZES | {"vocab_size": 96, "hidden_size": 64, "inte
 FAMILIES = {
     "llama": {},
     "llama with biases": {"attention_bias": True},
+    "llama with squares": {"hidden_act": "relu2"},
     "qwen2": {},
     "qwen3": {},
     "qwen3 with wide heads": {"head_dim": 24},
