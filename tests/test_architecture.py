@@ -92,6 +92,15 @@ def test_the_picture_shows_the_imports():
     assert picture == drawn(reduced(folder_imports())), "draw it again: python -m tests.imports"
 
 
+@pytest.mark.parametrize("page", ["architecture", "format", "kernels"])
+def test_every_source_file_that_a_page_names_exists(page):
+    named = set(re.findall(r"`([\w/]+\.(?:py|h|c))`", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf8")))
+    existing = {path.name for folder in ("lowmem", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.*")}
+    existing |= {path.name for path in ROOT.glob("*.py")}
+    assert named, "it names none"
+    assert [name for name in sorted(named) if name.split("/")[-1] not in existing] == []
+
+
 def test_every_file_and_folder_that_the_page_names_exists():
     text = re.sub(r"```.*?```", "", PAGE.read_text(encoding="utf8"), flags=re.DOTALL)
     named = re.findall(r"`([\w.]+/[\w./]*)`", text)

@@ -37,8 +37,8 @@ class RowBatch:
 class Rows:
     """Examples in rows of at most ``length`` tokens.
 
-    If the model isolates them (``Calling.isolates``), several examples are packed into one row, each with positions
-    from 0. Otherwise each example has its own row, padded at the end, which a causal model does not see.
+    If the model isolates them (``CallingConvention.isolates_texts``), several examples are packed into one row, each
+    with positions from 0. Otherwise each example has its own row, padded at the end: a causal model does not see it.
 
     Args:
         examples: of at most ``length`` tokens each.

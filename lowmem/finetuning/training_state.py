@@ -218,7 +218,7 @@ def set_rng_states(states: Mapping[str, Tensor], device: torch.device) -> None:
 def state_tensors_and_record(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors and record of a ``Saved``, of trained parameters, optimizer and buffers; nothing is copied."""
+    """Return tensors and record of a ``SavedState``: trained parameters, optimizer and buffers; nothing is copied."""
     tensors = {
         f"buffers.{name}": buffer for name, buffer in current_buffers_by_name(unwrap_data_parallel(model)).items()
     }

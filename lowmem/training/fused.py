@@ -119,7 +119,7 @@ class FusedModule(PreparedModule):
 
 
 def fuse(module: nn.Module, spec: FusionSpec) -> nn.Module:
-    """Fuse a module that computes ``how``, in place; it stays an instance of its class. Returns the module."""
+    """Fuse a module that computes ``spec``, in place; it stays an instance of its class. Returns the module."""
     prepend_prepared_class(module, FusedModule, fused_as=spec, fused_with=_mlp_activation_callables(module, spec))
     return module
 
