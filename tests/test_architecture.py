@@ -1,13 +1,17 @@
 """Imports point one way, importing stays lean, and every module has its mirror test."""
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -178,6 +182,62 @@ def test_names_of_tests_are_sentences_of_at_most_80_characters():
     names = [name for path in tests for name in re.findall(r"def (test_\w+)", path.read_text(encoding="utf8"))]
     assert len(names) > 2000
     assert [name for name in names if len(name) > 80] == []
+
+
+def missing_names(tree):
+    """Return what code imports of lowmem, and reads of its modules, that is not there."""
+    missing, modules = [], {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lowmem":
+            for alias in node.names:
+                found = resolved(node.module, alias.name)
+                if found is None:
+                    missing.append(f"{node.module}.{alias.name}")
+                elif isinstance(found, ModuleType):
+                    modules[alias.asname or alias.name] = found.__name__
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            parts = ast.unparse(node).split(".")
+            if parts[0] in modules and all(map(str.isidentifier, parts)):
+                found = sys.modules[modules[parts[0]]]
+                for part in parts[1:]:
+                    found = resolved(found.__name__, part) if isinstance(found, ModuleType) else True
+                if found is None:
+                    missing.append(".".join(parts))
+    return missing
+
+
+def resolved(module, name):
+    """Return what a module has under a name, or its submodule of that name, or None."""
+    try:
+        return getattr(importlib.import_module(module), name, None) or importlib.import_module(f"{module}.{name}")
+    except ModuleNotFoundError as error:
+        return True if not str(error.name).startswith("lowmem") else None  # a package that is not installed
+
+
+def scripts_in_tests():
+    """Yield the place and the code of each script that stands in a string: what other processes run."""
+    for path in sorted(
+        p for folder in ("tests", "tests_minilm", "benchmarks") for p in (ROOT / folder).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            if "lowmem" in text and "import" in text and path != Path(__file__):
+                with suppress(SyntaxError):
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}", ast.parse(textwrap.dedent(text))
+
+
+def test_scripts_in_strings_name_what_exists():
+    """What renames by scope does not see them, and some run in the slow tests alone."""
+    places = dict(scripts_in_tests())
+    assert len(places) > 20
+    assert {place: missing for place, tree in places.items() if (missing := missing_names(tree))} == {}
+
+
+def test_a_name_that_a_script_imports_and_that_is_gone_is_found():
+    lines = "from lowmem import kernels, gone", "kernels.also_gone()", "kernels.cpu.gone_too", "kernels.linear"
+    tree = ast.parse("\n".join(lines))
+    assert sorted(missing_names(tree)) == ["kernels.also_gone", "kernels.cpu.gone_too", "lowmem.gone"]
 
 
 def test_importing_takes_torch_and_nothing_else_that_is_heavy():

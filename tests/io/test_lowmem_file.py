@@ -424,9 +424,9 @@ MEMORY = """
 import sys, torch
 from pathlib import Path
 from lowmem.errors import FileError
-from lowmem.io.lowmem_file import read, write
+from lowmem.io.lowmem_file import verify_and_map_file, write_stream_returning_digest
 from lowmem.io.safetensors_header import TensorSpec
-from lowmem.io.safetensors_checkpoint import Checkpoint
+from lowmem.io.safetensors_checkpoint import SafetensorsFile
 
 path = Path(sys.argv[1])
 MIB = 2**20
@@ -445,7 +445,7 @@ for length in (16 * MIB, 16 * MIB + 1, 2**32, 2**63, 2**64 - 1):
         path.write_bytes(length.to_bytes(8, "little") + b'{"__metadata__":{"sha256":"')
         with open(path, "ab") as file:
             file.truncate(size)
-        for function in (read, lambda path: Checkpoint(path).__enter__()):
+        for function in (verify_and_map_file, lambda path: SafetensorsFile(path).__enter__()):
             if length > 16 * MIB or size < 16 * MIB:
                 try:
                     function(path)
@@ -454,12 +454,13 @@ for length in (16 * MIB, 16 * MIB + 1, 2**32, 2**63, 2**64 - 1):
                     pass
 path.unlink()
 print(peak() - start)
-write(path, {str(number): TensorSpec(torch.uint8, (8 * MIB,)) for number in range(COUNT)}, {}, make())
+specs = {str(number): TensorSpec(torch.uint8, (8 * MIB,)) for number in range(COUNT)}
+write_stream_returning_digest(path, specs, {}, make())
 print(peak() - start)
-with Checkpoint(path) as checkpoint:
+with SafetensorsFile(path) as checkpoint:
     assert all((checkpoint.read_tensor(name) == int(name)).all() for name in checkpoint.specs)
 print(peak() - start)
-file = read(path)
+file = verify_and_map_file(path)
 print(peak() - start)
 assert (file.tensors["31"][::4096] == 31).all()
 """

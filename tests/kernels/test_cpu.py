@@ -137,8 +137,8 @@ def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyt
         with on_threads(threads), kernels.temporary_cpu_backend(isa):
             forward = measure.peak_bytes(lambda x=x, dtype=dtype: kernels.linear(x, w, dtype))
             backward = measure.peak_bytes(lambda grad=grad, dtype=dtype: kernels.input_grad(grad, w, dtype))
-            plan = backend.backend_for().plan
-            takes = [plan(w, batch, dtype, name)[-1][1] for name in ("linear", "input_grad")]
+            tried = backend.backend_for().tried_kernels
+            takes = [tried(w, batch, dtype, name)[-1][1] for name in ("linear", "input_grad")]
         chunk = 768 * dtype.itemsize  # of each column, or each row in the gradient
         assert forward <= (chunk * columns if takes[0] == "torch" else 2**20) + batch * rows * dtype.itemsize
         assert backward <= (chunk * rows if takes[1] == "grad_torch" else 2**20) + batch * columns * dtype.itemsize
@@ -349,7 +349,7 @@ def check(name, tensor, other, run):
 
 def forget(q):
     q.cache.pop("prepared", None)
-    kernels.cpu.floats.cache_clear()
+    kernels.cpu.c_float_array.cache_clear()
 
 ROWS, COLUMNS = 300, 256
 def run_everything():
@@ -385,7 +385,7 @@ def run_everything():
             check("dequantize", tensor, other, q.dequantize)
 
 for isa in sys.argv[1:]:
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         run_everything()
 print(tried)
 """

@@ -299,7 +299,7 @@ from lowmem import kernels, quantize
 torch.set_num_threads(2)
 w, x = quantize(torch.randn(64, 32)), torch.randn(2, 32)
 for isa in sys.argv[1:]:
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         expected = kernels.linear(x, w, torch.float32)
         child = os.fork()
         if not child:
@@ -325,7 +325,7 @@ from lowmem.quant.formats import get_format
 from lowmem.quant.scale_encodings import get_scale_encoding
 from tests.guard_pages import at_the_edge
 
-native, _ = kernels.cpu.load()
+native, _ = kernels.cpu.load_native_module_and_reason()
 
 def multiply(kernel, operation, x, weight, dtype, *bias):
     # Where torch multiplies, only codes and scales lie at the edge, which C reads: torch's own products may read past
@@ -381,8 +381,8 @@ def run_everything(kernel):
 
 for isa in sys.argv[1:]:
     print(isa, flush=True)
-    with kernels.using(isa):
-        run_everything(kernels.cpu.Kernel(native, isa))
+    with kernels.temporary_cpu_backend(isa):
+        run_everything(kernels.cpu.CpuBackend(native, isa))
 print("fine")
 """
 

@@ -42,7 +42,8 @@ def installed_copy(tmp_path_factory):
 
 
 def what_python_says(folder, compiler, kernel=""):
-    script = "import lowmem; from lowmem.kernels import native; native.load(); print(lowmem.backend())"
+    load = "from lowmem.kernels.native_loader import load_native_module_and_reason as load; load()"
+    script = f"import lowmem; {load}; print(lowmem.backend())"
     variables = {**os.environ, "PYTHONPATH": str(folder), "CC": compiler, "LOWMEM_KERNEL": kernel}
     command = [sys.executable, "-c", script]
     run = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=True)
