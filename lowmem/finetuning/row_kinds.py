@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,7 +104,7 @@ def _unrecognized_row_message(record: Mapping[str, Any], kinds: list[str], optio
 
 
 def _columns_option(columns: Mapping[str, str]) -> str:
-    return f"--columns {shlex.join(f'{key}={column}' for key, column in columns.items())}"
+    return f"--columns {' '.join(f'{key}={column}' for key, column in columns.items())}"
 
 
 _USUAL_NAMES = (

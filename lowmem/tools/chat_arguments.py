@@ -130,16 +130,11 @@ def parsed_chat_settings(recorded: Any, template: str | None = None) -> ChatSett
     """
     values: dict[str, Any] = recorded if isinstance(recorded, dict) else {"system": 0}
     system, variables, day = (values.get(key) for key in ("system", "template_kwargs", "date"))
-    if not (isinstance(system, str | None) and isinstance(variables, dict | None) and _is_date_or_none(day)):
+    if not (isinstance(system, str | None) and isinstance(variables, dict | None) and isinstance(day, str | None)):
         raise ValueError(f"{RECORD_KEY}={short_repr(recorded)} must hold system, template_kwargs and date")
+    if day is not None:
+        date.fromisoformat(day)
     return ChatSettings(system, variables or {}, template, day)
-
-
-def _is_date_or_none(value: Any) -> bool:
-    try:
-        return value is None or bool(date.fromisoformat(value))
-    except (ValueError, TypeError):
-        return False
 
 
 def template_with_settings(template: str, settings: ChatSettings) -> str:

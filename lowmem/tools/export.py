@@ -151,8 +151,10 @@ def _export_base_and_adapter(arguments: argparse.Namespace, format_name: str, ad
     base, technique = adapter_base_and_technique(folder, named_base, arguments.dense_base, fetch_base)
     check_outside_inputs(arguments.out, {"the base": base})
     kind = "gguf" if format_name == "gguf" else "peft"
-    if base.is_file():
-        _check_file_is_exported_as_it_is(arguments, base, kind)
+    if base.is_file() and (kind != "gguf" or arguments.dtype or arguments.like):
+        quantize = shlex.join(["lowmem", "quantize", str(base), "FOLDER"])
+        why = f"it is a GGUF file, which is copied as it is: run `{quantize}`, and name that with --base FOLDER"
+        raise file_error(base, why, "export")
     with (
         exclusive_write_lock(arguments.out),
         warnings_printed_as_notes(),
@@ -181,16 +183,6 @@ def _export_base_and_adapter(arguments: argparse.Namespace, format_name: str, ad
             rows = _export_model(arguments, scratch / "source", format_name)
         undo.pop_all()
     return rows
-
-
-def _check_file_is_exported_as_it_is(arguments: argparse.Namespace, base: Path, kind: str) -> None:
-    """Raise an error for what cannot be written of a base that is a GGUF file."""
-    given = next((name for name in ("dtype", "like") if getattr(arguments, name)), None)
-    if kind != "gguf" or given is not None:
-        what = f"as {arguments.format}" if kind != "gguf" else f"with {option_string(str(given))}"
-        quantize = shlex.join(["lowmem", "quantize", str(base), "FOLDER"])
-        why = f"it is a GGUF file, written {what} from a folder: run `{quantize}`, and name that with --base FOLDER"
-        raise file_error(base, why, "export")
 
 
 def _copy_gguf(source: Path, out: Path) -> list[Exported]:

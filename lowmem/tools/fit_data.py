@@ -24,7 +24,7 @@ from lowmem.finetuning.text_examples import (
     encode_rows,
 )
 from lowmem.io.filesystem import read_text_and_sha256
-from lowmem.tools.arguments import parse_positive_int
+from lowmem.tools.arguments import option_string, parse_positive_int
 from lowmem.tools.chat_arguments import (
     NO_TEMPLATE,
     ChatSettings,
@@ -187,17 +187,16 @@ def read_fit_texts(
     _check_chat_is_used(arguments, texts)
     lengths = tuple(len(row.tokens) for row in rows.rows if row.kind != TEXT_FILE)
     lengths = lengths or tuple(len(example.ids) for example in texts.examples)
-    truncation_notes = _truncation_notes(texts, name, positions)
+    text_notes = _text_notes(texts, name, positions)
     if texts.lost_ends > CUT_SHARE * len(texts.ends) and not arguments.cut:
-        raise ValueError(f"{truncation_notes[0]}; or add --cut to train without them")
-    notes = [*mistakes, *truncation_notes, *_finding_notes(texts, name)]
+        raise ValueError(f"{text_notes[0]}; or add --cut to train without them")
+    notes = [*mistakes, *text_notes]
     held_out = None
     if arguments.eval_data is not None:
         held_out_name = str(arguments.eval_data)
         rows, mistakes = _encode_data([held_out_name], text_tokenizer, options, arguments.skip_bad_rows)
         held_out = rows.texts(length, held_out_name, window)
-        notes += [*mistakes, *_truncation_notes(held_out, held_out_name, positions)]
-        notes += _finding_notes(held_out, held_out_name)
+        notes += [*mistakes, *_text_notes(held_out, held_out_name, positions)]
     else:
         texts, held_out = split_held_out(texts, arguments.eval_share, arguments.seed or 0, run)
         if held_out is not None and arguments.eval_share is None:
@@ -280,22 +279,12 @@ def _encode_data(
 def _check_chat_is_used(arguments: argparse.Namespace, texts: Texts) -> None:
     """Raise a ValueError for an option on conversations, where there are none."""
     if not texts.chats:
-        for option, value in (
-            ("--system", arguments.system),
-            ("--template-kwargs", arguments.template_kwargs),
-            ("--chat-template", None if arguments.chat_template == NO_TEMPLATE else arguments.chat_template),
-        ):
-            if value is not None:
-                raise ValueError(f"{option} applies to conversations, and the data has none: leave it out")
-
-
-def _finding_notes(texts: Texts, name: str) -> list[str]:
-    """Return notes on what is wrong with rows of a file."""
-    return [
-        f"{finding}: {count:,} rows of {escaped_and_truncated(name)}, the first is {place}"
-        for finding, (count, place) in texts.findings.items()
-        if finding != ALL_MASKED
-    ]
+        for name in ("system", "template_kwargs", "chat_template"):
+            value = getattr(arguments, name)
+            if value is not None and (name, value) != ("chat_template", NO_TEMPLATE):
+                raise ValueError(
+                    f"{option_string(name)} applies to conversations, and the data has none: leave it out"
+                )
 
 
 def _overlap_notes(texts: Texts, held_out: Texts) -> list[str]:
@@ -309,8 +298,8 @@ def _overlap_notes(texts: Texts, held_out: Texts) -> list[str]:
     ]
 
 
-def _truncation_notes(texts: Texts, name: str, max_positions: int | None) -> list[str]:
-    """Return notes on the examples of a file that do not fit, with the length that they need."""
+def _text_notes(texts: Texts, name: str, max_positions: int | None) -> list[str]:
+    """Return notes on the examples of a file: at first those that do not fit, with the length that they need."""
     notes, name = [], escaped_and_truncated(name)
     if texts.cut:
         note = f"{texts.cut} of {len(texts.ends)} examples of {name} are cut to --length {texts.length}"
@@ -321,10 +310,9 @@ def _truncation_notes(texts: Texts, name: str, max_positions: int | None) -> lis
                 remedy = f"99% of the ends take {need}, of the model's {max_positions} positions; shorten the texts"
             note += f", and {texts.lost_ends} lose the token that ends the answer: {remedy}"
         notes.append(note)
-    if texts.dropped:
-        _, place = texts.findings[ALL_MASKED]
-        notes.append(
-            f"{texts.dropped} examples of {name} are left out, since nothing that counts is left; the first is "
-            f"{place}"
-        )
+    for finding, (count, place) in texts.findings.items():
+        what = f"{finding}: {count:,} rows of {name},"
+        if finding == ALL_MASKED:
+            what = f"{count} examples of {name} are left out, since nothing that counts is left;"
+        notes.append(f"{what} the first is {place}")
     return notes

@@ -67,10 +67,13 @@ def test_settings_come_back_from_a_record(tmp_path):
         assert read_recorded_chat_settings(tmp_path, "training.json") == settings
     (tmp_path / "training.json").write_text('{"run": {}}')  # of a run before there were settings
     assert read_recorded_chat_settings(tmp_path, "training.json") == ChatSettings()
-    for chat in (3, {"system": 3}, {"template_kwargs": "a"}, {"date": "today"}, {"date": 3}):
+    for chat in (3, {"system": 3}, {"template_kwargs": "a"}, {"date": 3}):
         (tmp_path / "training.json").write_text(json.dumps({"chat": chat}))
         with pytest.raises(FileError, match=r"training.json': chat=.* must hold system, template_kwargs and date"):
             read_recorded_chat_settings(tmp_path, "training.json")
+    (tmp_path / "training.json").write_text('{"chat": {"date": "today"}}')
+    with pytest.raises(FileError, match=r"training.json': .*isoformat.*'today'"):
+        read_recorded_chat_settings(tmp_path, "training.json")
 
 
 def test_bad_values_are_refused_by_the_parser(capsys):

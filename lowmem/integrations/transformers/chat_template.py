@@ -99,19 +99,17 @@ class ChatTemplate:
         """
         if not any(message.get("tool_calls") for message in messages):
             return [{**message, "content": message.get("content") or ""} for message in messages]
-        errors: list[ValueError] = []
-        forms = [*product((False, True), repeat=2)]
-        for form in forms:
+        refusals: list[ValueError] = []
+        for form in (forms := [*product((False, True), repeat=2)]):
             try:
                 if _has_calls(self.text(_in_form(_with_known_calls(messages), *form), tools)):
                     return _in_form(messages, *form)
             except ValueError as error:
-                errors.append(error)
-        if len(errors) == len(forms):
-            raise errors[0]
-        raise ValueError(
-            "the tokenizer's chat template does not write tool_calls: name one that does with --chat-template FILE"
-        )
+                refusals.append(error)
+        if len(refusals) == len(forms):
+            raise refusals[0]
+        remedy = "name one that does with --chat-template FILE"
+        raise ValueError(f"the tokenizer's chat template does not write tool_calls: {remedy}")
 
     def _answer_span(self, text: str, messages: Messages, tools: Tools | None, index: int) -> tuple[int, int]:
         """Return where message ``index`` begins and ends in the text of all."""
@@ -164,28 +162,22 @@ def _in_form(messages: Messages, has_ids: bool, has_text_arguments: bool) -> Mes
     for message in messages:
         message = {**message, "content": message.get("content") or ""}
         if message.get("tool_calls"):
+            new_ids = [f"call{len(made) % 1000:03}{number % 100:02}" for number in range(len(message["tool_calls"]))]
             message["tool_calls"] = [
-                {
-                    **call,
-                    **({"id": f"call{len(made) % 1000:03}{number % 100:02}"} if has_ids else {}),
-                    "function": {
-                        **call["function"],
-                        "arguments": _arguments(call["function"]["arguments"], has_text_arguments),
-                    },
-                }
-                for number, call in enumerate(message["tool_calls"])
+                {**call, **({"id": new_id} if has_ids else {}), "function": _with_arguments(call, has_text_arguments)}
+                for call, new_id in zip(message["tool_calls"], new_ids, strict=True)
             ]
-            ids = iter([call["id"] for call in message["tool_calls"]] if has_ids else [])
+            ids = iter(new_ids if has_ids else [])
         elif message["role"] == "tool" and (identifier := next(ids, None)) is not None:
             message["tool_call_id"] = identifier
         made.append(message)
     return made
 
 
-def _arguments(arguments: Any, as_text: bool) -> Any:
-    if as_text:
-        return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return json.loads(arguments) if isinstance(arguments, str) else arguments
+def _with_arguments(call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
+    arguments = call["function"]["arguments"]
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return {**call["function"], "arguments": json.dumps(arguments, ensure_ascii=False) if as_text else arguments}
 
 
 def _with_known_calls(messages: Messages) -> Messages:
