@@ -20,6 +20,9 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -54,6 +57,8 @@ NOT_BY_TRANSFORMERS = {  # which makes another config of the file, and what the 
     "qwen2": "rope.scaling.factor=4.0 in it, and config says None",
     "smollm3": "not supported yet",
     "qwen3": "attention.key_length=32 in it, and config says 128",
+    "gemma3": "query_pre_attn_scalar=256: llama.cpp computes 32",
+    "gemma3 of other layers": "query_pre_attn_scalar=256: llama.cpp computes 32",
 }
 
 ADAPTERS = [
@@ -63,12 +68,35 @@ ADAPTERS = [
 ]
 
 
+class TableGELU(nn.Module):
+    """GELU as ggml computes it on a CPU: by a table of float16, of an input that is rounded to float16."""
+
+    def forward(self, x):
+        return nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+
+
+def with_gelu_of_ggml(model):
+    """Let a Gemma compute its activation as ggml does."""
+    for module in model.modules():
+        if hasattr(module, "act_fn"):
+            module.act_fn = TableGELU()
+    return model
+
+
+def without_mlp(model):
+    """Let the MLPs of a Gemma add nothing: ggml rounds their activation to float16."""
+    if "gemma3" in model.config.model_type:
+        for layer in model.model.layers:
+            nn.init.zeros_(layer.mlp.gate_proj.weight)
+    return model
+
+
 def model_of(name, *change):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MODELS[name]).eval()
     for parameter in model.parameters():
         if parameter.dim() == 1:
-            nn.init.normal_(parameter, 1, 0.2)  # of norms and biases, that would be 1 and 0
+            nn.init.normal_(parameter, 1, 0.2)  # of norms and biases, that would be 1 and 0; Gemma adds 1
         for one in change:
             one(parameter.data)
     return model
@@ -76,7 +104,7 @@ def model_of(name, *change):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_of_a_float32_export_are_those_of_transformers(name, tmp_path):
-    model = lowmem.convert(model_of(name), lowmem.FourBit("nf4"))
+    model = lowmem.convert(without_mlp(model_of(name)), lowmem.FourBit("nf4"))
     model.save_pretrained(tmp_path / "in")
     lowmem.export(tmp_path / "in", tmp_path / "out.gguf", dtype=torch.float32)
     tokens = torch.randint(0, 258, (1, 60))
@@ -87,16 +115,18 @@ def test_logits_of_a_float32_export_are_those_of_transformers(name, tmp_path):
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("name", ["plain", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["plain", "mistral", "qwen2", "qwen3", "gemma3"])
 def test_llama_cpp_computes_with_adapters_what_lowmem_does(name, tmp_path):
-    base = model_of(name)
+    base = without_mlp(model_of(name))
     base.save_pretrained(tmp_path / "base")
     lowmem.export(tmp_path / "base", tmp_path / "base.gguf", dtype=torch.float32)
     tokens = [5, 0, 47, 11, 11, 3, 29]
     with torch.no_grad(), llama_cpp(tmp_path / "base.gguf") as loaded:
         plain = base(torch.tensor([tokens])).logits[0]
         for number, technique in enumerate(ADAPTERS):
-            model = lowmem.convert(copy.deepcopy(base), technique, where=lambda *_: True)
+            # The ends of a Gemma are one weight
+            everywhere = lambda path, _: name != "gemma3" or ("_proj" in path and "gate" not in path)  # noqa: E731
+            model = lowmem.convert(copy.deepcopy(base), technique, where=everywhere)
             for adapter in lowmem.adapter_layers(model, "default").values():
                 nn.init.normal_(adapter.lora_a, std=0.1)
                 nn.init.normal_(adapter.lora_b, std=0.1)
@@ -151,6 +181,46 @@ def test_logits_of_a_4_bit_export_differ_by_the_rounding_of_activations_alone(fo
     assert format == "uint4" or same.sum() > 258 / 2
     of_rounding = ((rounded - exact).norm(dim=-1) / size).max()
     assert ((found - exact).norm(dim=-1) / size).max() < 2 * of_rounding
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma3 of other layers"])
+def test_logits_of_a_gemma_3_differ_by_the_rounding_of_its_activation_alone(name, tmp_path):
+    """Most tokens that are alone have equal logits, where no sum in another order turns a rounding the other way."""
+    model = model_of(name)
+    model.save_pretrained(tmp_path / "in")
+    lowmem.export(tmp_path / "in", tmp_path / "out.gguf")
+    alone, row = torch.arange(1, 258)[:, None], torch.randint(0, 258, (1, 60))  # 0 is padding, and a zero
+    with torch.no_grad(), llama_cpp(tmp_path / "out.gguf") as loaded:
+        exact, exact_row = model(alone).logits[:, 0].double(), model(row).logits[0].double()
+        with_gelu_of_ggml(model)
+        rounded, rounded_row = model(alone).logits[:, 0].double(), model(row).logits[0].double()
+        found = torch.cat([loaded.logits([token]) for token in range(1, 258)]).double()
+        found_row = loaded.logits(row[0].tolist()).double()
+    size = exact.norm(dim=-1)
+    assert ((found - rounded).norm(dim=-1) < 1e-5 * size).sum() > 258 / 2
+    assert ((found - exact).norm(dim=-1) / size).max() < 2 * ((rounded - exact).norm(dim=-1) / size).max()
+    assert (found_row - rounded_row).norm() < (rounded_row - exact_row).norm()
+
+
+def test_transformers_reads_a_gemma_3_of_the_usual_shape(tmp_path):
+    sizes = SIZES | {"num_hidden_layers": 7, "head_dim": 256}
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, sliding_window=16)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    lowmem.convert(model, lowmem.FourBit("iq4_nl", embeddings="q8_0")).save_pretrained(tmp_path / "in")
+    rows = lowmem.export(tmp_path / "in", tmp_path / "out.gguf")
+    assert all(row.error is None for row in rows)
+    assert {row.kind for row in rows} == {"IQ4_NL", "Q8_0", "F32"}
+    theirs, ours = (
+        Gemma3ForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf"),
+        from_exact(tmp_path / "out.gguf"),
+    )
+    row = torch.arange(60)[None]
+    with torch.no_grad():
+        expected = model(row).logits
+        assert float((ours(row).logits - expected).norm()) < 1e-6 * float(expected.norm())
+        assert float((theirs(row).logits - expected).norm()) < 1e-5 * float(expected.norm())
 
 
 def test_the_package_gguf_reads_the_same_fields_and_values(tmp_path):
@@ -225,7 +295,20 @@ def of_pieces(prefix):
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+def of_gemma():
+    """Return a tokenizer of Gemma's class: no space prefix, tokens of many spaces, and others of its users."""
+    content = json.loads(of_pieces("never").backend_tokenizer.to_str())["model"]
+    vocab = {f"<{name}>": number for number, name in enumerate(("pad", "eos", "bos", "unk", "mask"))}
+    pieces = [piece for piece in content["vocab"] if piece not in ("<unk>", "<s>", "</s>")]
+    vocab |= {piece: number for number, piece in enumerate(pieces, len(vocab))}
+    made = GemmaTokenizer(vocab=vocab, merges=[tuple(pair) for pair in content["merges"]])
+    made.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+    made.add_tokens(["\n\n", "<unused0>"])
+    return made
+
+
 TOKENIZERS = {
+    "gemma": of_gemma,
     **{
         name: lambda cuts=cuts, whole=whole, name=name: of_bytes(cuts, whole, ends=name == "llama-bpe")
         for (*cuts, whole), name in PRE_TOKENIZERS.items()
@@ -256,7 +339,9 @@ def test_llama_cpp_cuts_texts_as_the_tokenizer_does(name, tmp_path):
     lowmem.export(tmp_path / "in", tmp_path / "out.gguf")
     assert main(["quantize", str(tmp_path / "out.gguf"), str(tmp_path / "again")]) == 0
     again = AutoTokenizer.from_pretrained(tmp_path / "again")
-    assert again.special_tokens_map == tokenizer.special_tokens_map
+    # A token that masks others has no place in the file
+    special = {role: token for role, token in tokenizer.special_tokens_map.items() if role != "mask_token"}
+    assert again.special_tokens_map == special
     with llama_cpp(tmp_path / "out.gguf") as loaded:
         for text in texts("first" in name):
             assert loaded.tokens(text, special=False) == tokenizer(text)["input_ids"], text

@@ -17,19 +17,17 @@ from torch import Tensor
 
 from lowmem.errors import file_error, short_repr
 from lowmem.io.filesystem import open_regular_file, read_errors_with_path
+from lowmem.io.formats.gguf.gguf_config_checks import checked_positive_integer, checked_positive_number
 from lowmem.io.formats.gguf.gguf_file import GGUFHeader, read_gguf_header
-from lowmem.io.formats.gguf.gguf_metadata import (
-    checked_positive_integer,
-    checked_positive_number,
-    gguf_model_fields,
-    llama3_rope_factors_or_none,
-)
+from lowmem.io.formats.gguf.gguf_gemma3 import GEMMA3_PERIOD, gemma3_attention_scalar, gemma3_layer_types
+from lowmem.io.formats.gguf.gguf_metadata import gguf_model_fields, llama3_rope_factors_or_none
 
 _CLASSES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
 }
 """The classes of the architectures whose metadata are all there is to know. Mistral's files are llama's."""
 
@@ -54,6 +52,7 @@ _COMPUTED = ("rope.", "attention.")
 """How the keys begin that say what a model computes, beside the shapes of its weights."""
 _OF_SHAPES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 """Keys without which a file's heads are as long as its weights say."""
+_LOCAL_THETA = "gemma3.rope.freq_base_swa"
 _LENGTH = "rope.scaling.original_context_length"  # of yarn; without it the context's
 
 
@@ -108,7 +107,7 @@ def _config_dict_from_header_or_none(header: GGUFHeader, rope_divisors: Tensor |
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError("it has no matrix 'token_embd.weight'")
-    return {
+    config = {
         **config,
         "num_key_value_heads": _count(metadata, f"{arch}.attention.head_count_kv", heads),
         "head_dim": head,
@@ -118,6 +117,29 @@ def _config_dict_from_header_or_none(header: GGUFHeader, rope_divisors: Tensor |
         "rope_parameters": _rope_parameters(metadata, arch, rope_divisors, config | {"head_dim": head}),
         **{name: True for name, tensor in _BIASES.items() if tensor in header.tensors and arch != "qwen2"},
         **{name: _token_id_or_none(metadata, f"tokenizer.ggml.{key}_token_id") for name, key in _TOKENS.items()},
+    }
+    return _config_as_gemma3(metadata, config) if arch == "gemma3" else config
+
+
+def _config_as_gemma3(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a Gemma 3, of what a llama's says of its file."""
+    window, layers, head = "gemma3.attention.sliding_window", config["num_hidden_layers"], config["head_dim"]
+    # Before a word for each of them is made
+    if layers > 10**4:
+        raise ValueError(f"gemma3.block_count={layers} is more layers than any model has")
+    ropes = {
+        "full_attention": config["rope_parameters"],
+        "sliding_attention": {"rope_type": "default", "rope_theta": _number(metadata, _LOCAL_THETA, 10000.0)},
+    }
+    return {
+        **config,
+        "model_type": "gemma3_text",
+        "sliding_window": _count(metadata, window),
+        "layer_types": gemma3_layer_types(layers, _count(metadata, f"{window}_pattern", GEMMA3_PERIOD)),
+        "query_pre_attn_scalar": gemma3_attention_scalar(
+            layers, config["hidden_size"], config["num_attention_heads"], head
+        ),
+        "rope_parameters": ropes,
     }
 
 
@@ -161,7 +183,8 @@ def _first_difference_text_or_none(
         name = next((name for name in header.tensors if "rope_f" in name), None)
         scaled = name is not None and rope.get("rope_type", "default") == "default"
         return f"{name} scales its rotary embedding, and config does not" if scaled else None
-    fields = gguf_model_fields(config | {"sliding_window": None})  # of which a file knows the context alone
+    # Of the window of a llama a file knows the context alone
+    fields = gguf_model_fields(config if arch == "gemma3" else config | {"sliding_window": None})
     if not next(iter(fields)).startswith(f"{arch}."):
         return f"it is a {arch}, and config of a {short_repr(config.get('model_type'))}"
     # How embeddings are not scaled
@@ -169,6 +192,8 @@ def _first_difference_text_or_none(
     known.setdefault(f"{arch}.rope.freq_base", 10000.0)
     known.setdefault(f"{arch}.attention.head_count_kv", known.get(f"{arch}.attention.head_count"))
     known.setdefault(f"{arch}.{_LENGTH}", known.get(f"{arch}.context_length"))
+    known.setdefault("gemma3.attention.sliding_window_pattern", GEMMA3_PERIOD)
+    known.setdefault(_LOCAL_THETA, 10000.0)
     scaling = {key for key in known if key.startswith(f"{arch}.rope.scaling.")} - {f"{arch}.rope.scaling.finetuned"}
     if known.get(f"{arch}.rope.scaling.type") != "yarn":
         scaling.discard(f"{arch}.{_LENGTH}")

@@ -4,7 +4,16 @@ import math
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config, SmolLM3Config
+from transformers import (
+    AutoConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from lowmem import FileError
 from lowmem.integrations.transformers.gguf_config import check_config_matches_gguf, gguf_config_dict_or_none
@@ -18,6 +27,7 @@ from tests.integrations.transformers.folders import SIZES
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16}
+GEMMA3 = SIZES | {"num_hidden_layers": 7, "head_dim": 32}
 CONFIGS = {
     "llama": LlamaConfig(**SIZES, rms_norm_eps=1e-5, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
     "llama3": LlamaConfig(**SIZES, head_dim=64, rope_parameters={**LLAMA3, "original_max_position_embeddings": 8192}),
@@ -28,6 +38,17 @@ CONFIGS = {
     "qwen2": Qwen2Config(**SIZES, rope_parameters=YARN),
     "qwen3": Qwen3Config(**SIZES, head_dim=32),
     "smollm3": SmolLM3Config(**SIZES | {"num_hidden_layers": 5}, pad_token_id=None, eos_token_id=3),
+    "gemma3": Gemma3TextConfig(**GEMMA3, sliding_window=16, query_pre_attn_scalar=32),
+    "gemma3 of other layers": Gemma3TextConfig(
+        **GEMMA3 | {"num_hidden_layers": 5},
+        sliding_window=8,
+        sliding_window_pattern=3,
+        query_pre_attn_scalar=32,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+        },
+    ),
 }
 
 
@@ -159,3 +180,22 @@ def test_what_no_config_can_say_is_refused_and_what_may_lack_has_its_default(tmp
     file = write(tmp_path / "yarn of the context.gguf", CONFIGS["qwen2"], change)
     assert gguf_config_dict_or_none(file)["rope_parameters"]["original_max_position_embeddings"] == 16
     check_config_matches_gguf(file, AutoConfig.for_model(**gguf_config_dict_or_none(file)))
+
+
+def test_a_file_of_a_gemma_3_may_lack_what_has_a_default(tmp_path):
+    config = CONFIGS["gemma3"]
+    lacks = {"gemma3.attention.sliding_window_pattern": None, "gemma3.rope.freq_base_swa": None}
+    file = write(tmp_path / "a.gguf", config, lacks)
+    check_config_matches_gguf(file, config)
+    assert gguf_config_dict_or_none(file)["layer_types"] == config.layer_types
+    types = ["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
+    other = Gemma3TextConfig(**config.to_dict() | {"layer_types": types})
+    with pytest.raises(FileError, match="sliding_window_pattern=6 in it, and config says 3"):
+        check_config_matches_gguf(file, other)
+    with pytest.raises(FileError, match="gemma3.attention.sliding_window=None must be a positive integer"):
+        gguf_config_dict_or_none(write(tmp_path / "b.gguf", config, {"gemma3.attention.sliding_window": None}))
+    with pytest.raises(FileError, match="gemma3.block_count=2000000000 is more layers than any model has"):
+        gguf_config_dict_or_none(write(tmp_path / "c.gguf", config, {"gemma3.block_count": 2 * 10**9}))
+    other = Gemma3TextConfig(**config.to_dict() | {"query_pre_attn_scalar": 256})
+    with pytest.raises(FileError, match="query_pre_attn_scalar=256: llama.cpp computes 32 in a gemma3"):
+        check_config_matches_gguf(file, other)

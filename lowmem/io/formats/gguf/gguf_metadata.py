@@ -16,15 +16,24 @@ from torch import Tensor
 
 from lowmem.errors import file_error, short_repr, value_errors_as_file_errors
 from lowmem.io.filesystem import read_exactly_into
+from lowmem.io.formats.gguf.gguf_config_checks import (
+    checked_object,
+    checked_positive_integer,
+    checked_positive_number,
+)
 from lowmem.io.formats.gguf.gguf_file import GGUFHeader, GGUFValue, read_gguf_header
+from lowmem.io.formats.gguf.gguf_gemma3 import gemma3_config_as_llama_and_fields
 
 ARCHITECTURES = MappingProxyType(
-    {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "smollm3": "smollm3"}
+    {
+        **{"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3"},
+        **{"smollm3": "smollm3", "gemma3_text": "gemma3"},
+    }
 )
 """``general.architecture`` by ``model_type`` of config.json."""
 
 # By their config alone; others take an existing file
-DESCRIBED = ("llama", "qwen2", "qwen3", "smollm3")
+DESCRIBED = ("llama", "qwen2", "qwen3", "smollm3", "gemma3")
 
 # Columns
 MAX_HEAD = 2**16
@@ -72,6 +81,9 @@ def gguf_model_fields(config: Mapping[str, Any]) -> dict[str, GGUFValue]:
             "file of "
             "the model with --like"
         )
+    others: dict[str, GGUFValue] = {}
+    if arch == "gemma3":
+        config, others = gemma3_config_as_llama_and_fields(config)
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act={short_repr(config['hidden_act'])}: llama.cpp computes silu in a {arch}")
     layers = checked_positive_integer(config, "num_hidden_layers")
@@ -96,33 +108,9 @@ def gguf_model_fields(config: Mapping[str, Any]) -> dict[str, GGUFValue]:
         "attention.layer_norm_rms_epsilon": checked_positive_number(config, "rms_norm_eps"),
         "vocab_size": checked_positive_integer(config, "vocab_size"),
         **_rope_fields(config, head),
+        **others,
     }
     return {f"{arch}.{key}": value for key, value in fields.items()}
-
-
-_REPAIR = "; repair config.json"
-
-
-def checked_positive_integer(
-    config: Mapping[str, Any], name: str, default: int | None = None, remedy: str = _REPAIR
-) -> int:
-    """Return a positive integer of 31 bits; a ValueError for anything else. A default is taken for None, too."""
-    value = config.get(name)
-    value = default if value is None else value
-    if type(value) is not int or not 1 <= value < 2**31:
-        raise ValueError(f"{name}={short_repr(value)} must be a positive integer{remedy}")
-    return value
-
-
-def checked_positive_number(
-    config: Mapping[str, Any], name: str, default: float | None = None, remedy: str = _REPAIR
-) -> float:
-    """Return a positive number below 2**64; a ValueError for anything else. A default is taken for None, too."""
-    value = config.get(name)
-    value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 2**64:
-        raise ValueError(f"{name}={short_repr(value)} must be a positive number{remedy}")
-    return float(value)
 
 
 def _context_length(config: Mapping[str, Any]) -> int:
@@ -136,9 +124,7 @@ def _context_length(config: Mapping[str, Any]) -> int:
 
 def _merged_rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the parameters of the rotary embedding, which older configs have in two places."""
-    rope_parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope_parameters, dict):
-        raise ValueError(f"rope_parameters={short_repr(rope_parameters)} must be an object; repair config.json")
+    rope_parameters = checked_object(config, "rope_parameters") or checked_object(config, "rope_scaling")
     return {"rope_theta": config.get("rope_theta"), **rope_parameters}
 
 

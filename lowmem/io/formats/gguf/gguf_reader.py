@@ -36,6 +36,8 @@ class _GGUFTensorReader:
     block: GGUFBlockType
     order: Tensor | None
     """The rows of the file in the order of the model; None: as they are."""
+    shift: float = 0.0
+    """What dense values of the file are more than those of the model."""
 
     @property
     def columns(self) -> int:
@@ -101,6 +103,8 @@ class _GGUFTensorReader:
         for rows, raw in self.iterate_row_slices_and_blocks():
             out[rows] = self.block.dense(raw).flatten(1)
         out = out.view(self.tensor.shape)
+        # In float32, in which one less and one more are exact
+        out = out.float() - self.shift if self.shift else out
         return out if self.order is None else out[self.order]
 
 
@@ -156,10 +160,12 @@ def _exact_or_refused_gguf_tensor(
         if len(tensor_info.shape) < 3
         else None
     )
-    values = _GGUFTensorReader(path, file, tensor_info, block, order)
+    shift = names.value_shift(tensor_info.name)
+    values = _GGUFTensorReader(path, file, tensor_info, block, order, shift)
     if block.format is None or not has_rows:
+        dtype = torch.float32 if shift else block.dtype
         return LazyForeignTensor(
-            model_name, tensor_info.shape, block.name, tensor_info.nbytes, values.read_dense, lambda: block.dtype
+            model_name, tensor_info.shape, block.name, tensor_info.nbytes, values.read_dense, lambda: dtype
         )
     return LazyForeignTensor(
         model_name,

@@ -19,10 +19,12 @@ from lowmem.errors import short_repr
 
 @dataclass(frozen=True)
 class ArchitecturePartNames:
-    """An architecture of GGUF: the names in transformers of a layer's parts, and whether q and k are reordered."""
+    """An architecture of GGUF: the names in transformers of a layer's parts, whether q and k are reordered, and what
+    the weights of norms are more there."""
 
     parts: Mapping[str, str]
     has_reordered_rows: bool = False
+    norm_shift: float = 0.0
 
 
 _ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -43,6 +45,17 @@ FAMILIES: dict[str, ArchitecturePartNames] = {
     "smollm3": ArchitecturePartNames(_LLAMA, has_reordered_rows=True),
     "qwen2": ArchitecturePartNames(_LLAMA),
     "qwen3": ArchitecturePartNames({**_LLAMA, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}),
+    "gemma3": ArchitecturePartNames(
+        {
+            **_LLAMA,
+            "attn_q_norm": "self_attn.q_norm",
+            "attn_k_norm": "self_attn.k_norm",
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_norm": "pre_feedforward_layernorm",
+            "post_ffw_norm": "post_feedforward_layernorm",
+        },
+        norm_shift=1.0,
+    ),
     "phi3": ArchitecturePartNames(
         {
             **{part: name for part, name in _LLAMA.items() if part not in ("attn_q", "attn_k", "attn_v", "ffn_gate")},
@@ -51,8 +64,7 @@ FAMILIES: dict[str, ArchitecturePartNames] = {
         }
     ),
 }
-"""By ``general.architecture``. To add one, add an entry; check that its converter changes no values (gemma's adds 1
-to the weights of norms), and whether it reorders rows."""
+"""By ``general.architecture``. To add one, add an entry; does its converter change values or reorder rows?"""
 
 _COMPUTED = re.compile(r"rope_freqs\.weight|(blk\.\d+\.)?(rope_freqs|rope_factors_(long|short))\.weight")
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d{1,6})\.)?(?P<part>\w+)\.(?P<kind>weight|bias)", re.ASCII)
@@ -97,6 +109,10 @@ class GGUFTransformersNameMap:
             f"weight {short_repr(transformers_name)} has no known place in a GGUF file of "
             f"{short_repr(self.architecture)}"
         )
+
+    def value_shift(self, gguf_name: str) -> float:
+        """Return what the values of a tensor in the file are more than those of the model."""
+        return self.family.norm_shift if gguf_name.endswith("norm.weight") else 0.0
 
     def file_rows_in_model_order_or_none(self, gguf_name: str, row_count: int) -> Tensor | None:
         """Return the file's row for each row of the model, or None where they are the same."""

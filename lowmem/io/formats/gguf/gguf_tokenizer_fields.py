@@ -222,6 +222,8 @@ class _GGUFTokenizerFieldsBuilder:
     def _has_space_prefix_or_raise(self) -> bool:
         """Whether a space comes before each text."""
         normalizer, step = self.content.get("normalizer"), self.content.get("pre_tokenizer")
+        if step is not None and step["type"] == "Split" and step["pattern"] == {"String": " "} and normalizer:
+            step = None  # of Gemma: the normalizer leaves no space to split at
         steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
         kinds = [normalizer_step["type"] for normalizer_step in steps]
         if step is None and kinds in (["Prepend", "Replace"], ["Replace"]) and steps[-1]["content"] == _SPACE:

@@ -154,6 +154,8 @@ def _sorted_weight_plans_or_refuse(
         except ValueError as reason:
             refused.setdefault(f"in {weight.form_name}, {reason}", []).append(weight.name)
             continue
+        if shift := names.value_shift(name):
+            convert = partial(_shifted_vector_bytes, shift)
         rows = None if order is None else torch.argsort(order)
         plans.append(_GGUFWeightPlan(weight, GGUFTensorInfo(name, weight.shape, kind), rows, convert))
     if refused:
@@ -221,6 +223,12 @@ def _cast_tensor_and_bytes(dtype: torch.dtype, weight: _Values) -> tuple[Tensor,
     return after, flat_dense_bytes(after)
 
 
+def _shifted_vector_bytes(shift: float, weight: _Values) -> tuple[None, Tensor]:
+    """Return the bytes of a norm's weight as llama.cpp multiplies by it: what the model computes of it itself."""
+    assert isinstance(weight, Tensor)
+    return None, flat_dense_bytes(weight.float() + shift)
+
+
 def _embedding_layers_rest_sort_key(gguf_name: str) -> tuple[int, int, str]:
     """Return by what tensors are sorted: the embedding, the layers, the rest."""
     match = _LAYER.match(gguf_name)
@@ -266,7 +274,7 @@ def check_weights_match_metadata(
     keys = keys * head if type(keys) is type(head) is int else None
     shapes: dict[str, tuple[Any, ...]] = {
         **dict.fromkeys(("token_embd", "output"), (vocabulary, hidden)),
-        **dict.fromkeys(("output_norm", "attn_norm", "ffn_norm"), (hidden,)),
+        **dict.fromkeys(("output_norm", "attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm"), (hidden,)),
         **dict.fromkeys(("attn_k", "attn_v"), (keys, hidden)),
         "attn_q": (queries, hidden),
         "attn_output": (hidden, queries),

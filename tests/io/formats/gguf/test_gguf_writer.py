@@ -244,3 +244,39 @@ def test_another_model_or_a_damaged_one_is_refused(tmp_path):
         config=more,
         like=tmp_path / "tokens.gguf",
     )
+
+
+def test_norms_of_a_gemma_3_are_one_more_in_the_file_and_come_back(tmp_path):
+    config = {**CONFIG, "model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 16}
+    config |= {"tie_word_embeddings": True, "rope_parameters": None}
+    weights = weights_of(fourbit("q4_0"), config)
+    layer = "model.layers.0"
+    for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
+        weights[f"{layer}.{name}.weight"] = torch.zeros(16 if "self_attn" in name else 64)
+    norms = {name: weight for name, weight in weights.items() if not isinstance(weight, QuantizedTensor)}
+    for number, name in enumerate(norms):
+        weights[name] = torch.randint(-255, 999, norms[name].shape) / (256 + number)  # of which 1 + w is rounded
+    source = write_folder(tmp_path / "in", weights, config)
+    rows = lowmem.export(source, tmp_path / "out.gguf")
+    assert all(row.error is None for row in rows)
+    assert len(norms) == 7
+    header = header_of(tmp_path / "out.gguf")
+    assert header.metadata["general.architecture"] == "gemma3"
+    content = (tmp_path / "out.gguf").read_bytes()
+    with open_foreign_checkpoint(tmp_path / "out.gguf") as file:
+        for row in rows:
+            if row.name in norms:
+                place = header.tensors[row.target]
+                values = torch.frombuffer(
+                    bytearray(content[place.begin : place.begin + place.nbytes]), dtype=torch.float32
+                )
+                assert torch.equal(values, 1 + weights[row.name])
+                found = file.tensors[row.name].read()
+                assert torch.equal(1 + found, values)  # what the model computes of it
+                weights[row.name] = found
+    check_same(tmp_path / "out.gguf", weights)
+    del weights[f"{layer}.self_attn.q_norm.weight"]
+    with pytest.raises(
+        FileError, match="it has no weight for blk.0.attn_q_norm.weight, which a gemma3 of 1 layers has"
+    ):
+        lowmem.export(write_folder(tmp_path / "lacks", weights, config), tmp_path / "lacks.gguf")
