@@ -38,11 +38,12 @@ def test_peft_loads_its_folder(folder):
         torch.testing.assert_close(theirs(peft_model.TOKENS), ours(peft_model.TOKENS))
 
 
-def test_a_run_of_the_command_goes_on_from_its_state(folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("options", [OPTIONS, OPTIONS[:2]], ids=["as started", "resume alone"])
+def test_a_run_of_the_command_goes_on_from_its_state(options, folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(folder, tmp_path / "files")
     monkeypatch.chdir(tmp_path / "files")
     before = load_file(folder / "fit.training" / FILES[1])["losses"].tolist()
-    assert main(["fit", "folder", *OPTIONS, "--save", "fit", "--resume", "--json"]) == 0
+    assert main(["fit", "folder", *options, "--save", "fit", "--resume", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["losses"]
     assert (found[: golden.STEP], len(before), len(found)) == (before, golden.STEP, 4)
 
