@@ -19,6 +19,15 @@ from lowmem.version import install_command
 
 _TASK = "take options from"
 
+_RUN_TYPES = {
+    "examples": int,
+    "batch_size": int,
+    "rows_of_a_step": int,
+    "window": int | None,
+    "chat_template": str | None,
+}
+"""The types of what is read of a run and is no option."""
+
 
 class _RaisingParser(argparse.ArgumentParser):
     """A parser whose errors are exceptions."""
@@ -47,9 +56,9 @@ def take_options_of_config(
             return None
         run = run_of_record(content)
         _parse_options(options_of_run(run, is_dense=True), add_arguments)
-        for name in ("examples", "batch_size", "rows_of_a_step"):
-            if type(run[name]) is not int:
-                raise TypeError(f"{name}={short_repr(run[name])} is no number")
+        for name, kind in _RUN_TYPES.items():
+            if not isinstance(run.get(name), kind):
+                raise TypeError(f"{name}={short_repr(run.get(name))} is of another kind")
     except ValueError as reason:
         raise file_error(arguments.config, str(reason), _TASK) from None
     except (AttributeError, KeyError, TypeError) as reason:

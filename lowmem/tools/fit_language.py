@@ -46,6 +46,7 @@ from lowmem.tools.fit_job import (
 )
 from lowmem.tools.fit_memory import split_rows_or_refuse
 from lowmem.tools.fit_result import (
+    remove_later_checkpoints,
     reproducing_shell_command,
     suggested_next_commands,
     write_adapter_folder,
@@ -144,10 +145,12 @@ def _run_training_job(arguments: argparse.Namespace, job: FineTuningJob, ranks: 
             f"{str(states.folder)!r} has the state of an unfinished run: continue with --resume, or "
             "remove it to start again"
         )
+    if job.save_path is not None and ranks.rank == 0:
+        remove_later_checkpoints(job.save_path, saved.step if saved else 0)
     out = sys.stderr if arguments.json else sys.stdout
     # Errors that come before the first result are one line
     settings = options_as_text(options_of_run(job.run_identity_dict(), job.is_dense))
-    opening = [job.data.description(), f"settings: {settings}", job.gguf.description()]
+    opening = [job.data.description(), f"settings: {printable_line(settings, 2000)}", job.gguf.description()]
 
     def print_lines(*lines: str) -> None:
         for line in (*opening, *lines):

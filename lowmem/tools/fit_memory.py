@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lowmem.errors import FileError
 from lowmem.kernels.threads import iterate_cgroup_folders
 from lowmem.nn.techniques import FourBit, blockwise_technique
 from lowmem.quant.formats import DEFAULT
@@ -62,7 +63,16 @@ def split_rows_or_refuse(job: FineTuningJob) -> FineTuningJob:
         ValueError: it does not fit; options that would make it fit are named with what they take.
     """
     available = available_memory_or_none()
-    if available is None or plan_and_peak_bytes(job, is_measured=False)[1] <= available:
+    if available is None:
+        return job
+    try:
+        if plan_and_peak_bytes(job, is_measured=False)[1] <= available:
+            return job
+    except FileError:
+        raise
+    except ValueError as reason:
+        # Of a model that trains, and whose operators do not run without numbers
+        print(f"lowmem fit: the memory that training takes is not known: {reason}", file=sys.stderr)
         return job
     left = f"{mib_text(available)} MiB of memory are left"
     print(f"lowmem fit: {left}: a dry run measures what a step takes", file=sys.stderr)

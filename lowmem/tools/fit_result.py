@@ -96,11 +96,17 @@ def write_checkpoint(job: FineTuningJob, model: nn.Module, record: dict[str, Any
     path = folder / CHECKPOINTS / f"step-{record['steps']}"
     with write_errors_with_path(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Of a run that went on from a state before it
-        if path.exists():
-            shutil.rmtree(path)
     with atomic_folder(path, folder) as partial:
         _write_adapter_files(job, partial, model, record)
+
+
+def remove_later_checkpoints(save_path: Path, step: int) -> None:
+    """Remove the checkpoints after a step from which a run goes on, which writes them again."""
+    for path in (states_folder(save_path) / CHECKPOINTS).glob("step-*"):
+        number = path.name.removeprefix("step-")
+        if number.isdigit() and int(number) > step:
+            with write_errors_with_path(path):
+                shutil.rmtree(path)
 
 
 def _write_adapter_files(job: FineTuningJob, folder: Path, model: nn.Module, record: dict[str, Any]) -> None:

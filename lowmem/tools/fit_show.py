@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lowmem.finetuning.text_examples import IGNORED, Example
 from lowmem.tools.fit_data import FitTexts, read_fit_texts
+from lowmem.tools.fit_settings import take_options_of_run
 from lowmem.tools.output import escaped_and_truncated, print_json
 
 QUANTILES = {"median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1.0}
@@ -27,7 +28,10 @@ def print_examples(arguments: argparse.Namespace, model_path: Path) -> int:
 
     with delayed_transformers_log(replay=False):
         vocabulary, _, positions, _ = read_language_model_sizes(model_path)
-        data = read_fit_texts(arguments, read_tokenizer(model_path, vocabulary), positions)
+        if arguments.configured_run is not None:
+            take_options_of_run(arguments, arguments.configured_run, is_dense=False, process_count=1)
+        tokenizer = read_tokenizer(model_path, vocabulary)
+        data = read_fit_texts(arguments, tokenizer, positions, arguments.configured_run)
     for note in data.notes:
         print(f"lowmem fit: {note}", file=sys.stderr)
     shown = [*zip(data.texts.examples, data.texts.places, strict=True)][: arguments.show]

@@ -67,8 +67,21 @@ def test_mistakes_of_a_file_are_named(place, refused):
 
 
 def test_a_run_is_repeated_from_its_record(place, capsys, refused):
-    options = ["--steps", "2", "--rank", "3", "--format", "nf4", "--accumulate", "2", "--eval-share", "0.2"]
-    assert main([*ARGV, *options, "--seed", "5", "--clip", "0", "--save", "first"]) == 0
+    options = [
+        "--length",
+        "48",
+        "--steps",
+        "2",
+        "--rank",
+        "3",
+        "--format",
+        "nf4",
+        "--accumulate",
+        "2",
+        "--eval-share",
+        "0.2",
+    ]
+    assert main([*ARGV[:-2], *options, "--seed", "5", "--clip", "0", "--save", "first"]) == 0
     assert "settings: --steps=2 --batch-size=4 --accumulate=2" in capsys.readouterr().out
     argv = ["fit", "llama", "--data", "data.jsonl", "--config", "first/training.json"]
     assert main([*argv, "--save", "second"]) == 0
@@ -80,12 +93,14 @@ def test_a_run_is_repeated_from_its_record(place, capsys, refused):
     Path("other.jsonl").write_text(Path("data.jsonl").read_text() + "\n")
     told = refused("fit", "llama", "--data", "other.jsonl", "--config", "first/training.json")
     assert "'first/training.json': its run had other files as --data: give those" in told
+    assert main([*argv, "--show", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["length"] == 48
     assert main([*ARGV, "--steps", "1", "--eval-data", "text.txt", "--save", "third"]) == 0
     argv[-1] = "third/training.json"
     assert "its run had other files as --eval-data: give those" in refused(*argv)
     assert run_of(capsys, *argv, "--eval-data", "text.txt")["held_out"] is not None
     record = json.loads(Path("third", "training.json").read_text())
-    for name, value in {"rank": "x", "rows_of_a_step": "x", "columns": 3, "format": 3}.items():
+    for name, value in {"rank": "x", "rows_of_a_step": "x", "columns": 3, "format": 3, "window": "x"}.items():
         Path("bad.json").write_text(json.dumps(record | {"run": record["run"] | {name: value}}))
         assert "cannot take options from 'bad.json': " in refused(*argv[:-1], "bad.json"), name
     assert "has the settings of a language model" in refused("fit", "qlora", "--config", "third/training.json")

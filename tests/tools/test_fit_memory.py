@@ -147,3 +147,14 @@ def test_after_the_first_step_the_time_of_the_others_is_told(place, capsys, monk
     told = capsys.readouterr().err
     assert re.search(r"^a step takes \d+\.\d s: the other 2 take about \d:\d\d:\d\d$", told, re.MULTILINE)
     assert told.index("a step takes") < told.index("step 1/3")
+
+
+def test_a_model_that_cannot_be_planned_trains_and_it_is_said(place, capsys, monkeypatch):
+    def fail(job, **named):
+        raise ValueError("model='llama' cannot be planned")
+
+    leave(monkeypatch, 1)
+    monkeypatch.setattr(fit_memory, "plan_and_peak_bytes", fail)
+    assert main(ARGV) == 0
+    told = "lowmem fit: the memory that training takes is not known: model='llama' cannot be planned"
+    assert told in capsys.readouterr().err

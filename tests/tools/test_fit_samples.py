@@ -58,6 +58,8 @@ def test_adapters_of_moments_are_kept_and_generate_opens_them(place, capsys, mon
         return calls[-1][-1]
 
     monkeypatch.setattr(fit_language, "generate_answers", recording)
+    # Of a run that was killed before its first state
+    Path("out.training", "checkpoints", "step-1").mkdir(parents=True)
     assert main([*ARGV, "--keep", "3", "--eval-share", "0.2", "--samples", "1", "--save", "out"]) == 0
     folders = [f"out/checkpoints/step-{step}" for step in (2, 4, 6)]
     assert sorted(path.as_posix() for path in Path("out").glob("checkpoints/*")) == folders
