@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -46,7 +48,7 @@ def print_examples(arguments: argparse.Namespace, model_path: Path) -> int:
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(data.description())
     for example, place in shown:
-        pieces = _decoded_pieces(example, data.tokenizer)
+        pieces = [(_visible(text), learned) for text, learned in _decoded_pieces(example, data.tokenizer)]
         console.print(f"\n{escaped_and_truncated(place)}: {len(example.ids):,} tokens, {_end_text(pieces)}")
         if console.is_terminal and console.color_system:
             console.print(Text.assemble(*((text, _LEARNED_STYLE if learned else "") for text, learned in pieces)))
@@ -74,6 +76,11 @@ def _decoded_pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     ]
 
 
+def _visible(text: str) -> str:
+    """Return a text whose control characters, but ends of lines, are written as Python writes them."""
+    return re.sub(r"[^\n\x20-\x7e\xa0-\U0010ffff]", lambda character: repr(character[0])[1:-1], text)
+
+
 def _end_text(pieces: list[tuple[str, bool]]) -> str:
     """Return the last characters that are learned."""
     end = next((text for text, learned in reversed(pieces) if learned), "").rstrip()
@@ -91,5 +98,5 @@ def _underlined_lines(pieces: list[tuple[str, bool]]) -> list[str]:
                 lines += [text, marks] if marks.strip() else [text]
                 text, marks = "", ""
             else:
-                text, marks = text + character, marks + ("^" if learned else " ")
+                text, marks = text + character, marks + ("^" if learned else " ") * cell_len(character)
     return lines

@@ -43,6 +43,17 @@ def test_what_is_learned_is_underlined_where_there_are_no_colours(place, capsys)
 
 
 @pytest.mark.usefixtures("no_weights")
+def test_control_characters_are_written_out_and_wide_ones_have_two_marks(place, capsys):
+    Path("a.jsonl").write_text(json.dumps({"prompt": "\x1b[31m\ta\x9b", "completion": "b\u6f22\x07"}))
+    assert main(["fit", "llama", "--data", "a.jsonl", "--show", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3:5] == [
+        "<user>\\x1b[31m\\ta\\x9b;<assistant>b漢\\x07;",
+        " " * len("<user>\\x1b[31m\\ta\\x9b;<assistant>") + "^" * 8,
+    ]
+
+
+@pytest.mark.usefixtures("no_weights")
 def test_what_is_learned_is_coloured_on_a_terminal(place, capsys, monkeypatch):
     made = Console
     monkeypatch.setattr(
