@@ -279,7 +279,7 @@ def check_arguments_and_make_job(
     from lowmem.integrations.transformers.pretrained_folder import check_tensors_fit_config
     from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
 
-    resumed_run = _resumed_run_or_none(arguments)
+    resumed_run = resumed_run_or_none(arguments)
     for run in (resumed_run, arguments.configured_run):
         if run is not None:
             take_options_of_run(arguments, run, quantizing_program_or_none(model_path) is None, process_count or 1)
@@ -352,7 +352,8 @@ def _check_optimizer(arguments: argparse.Namespace) -> None:
         raise ValueError("--optimizer=adamw8bit has states that --shard cannot divide: take adamw, or --replicate")
 
 
-def _resumed_run_or_none(arguments: argparse.Namespace) -> dict[str, Any] | None:
+def resumed_run_or_none(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Return what the run was started with that ``--resume`` continues; None: there is none."""
     if not arguments.resume:
         return None
     states = States(states_folder(arguments.save), {})

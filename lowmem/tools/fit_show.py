@@ -16,6 +16,7 @@ from rich.text import Text
 
 from lowmem.finetuning.text_examples import IGNORED, Example
 from lowmem.tools.fit_data import FitTexts, read_fit_texts
+from lowmem.tools.fit_job import resumed_run_or_none
 from lowmem.tools.fit_settings import take_options_of_run
 from lowmem.tools.output import escaped_and_truncated, print_json
 
@@ -28,12 +29,13 @@ def print_examples(arguments: argparse.Namespace, model_path: Path) -> int:
     from lowmem.integrations.transformers.model_facts import delayed_transformers_log, read_language_model_sizes
     from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
 
+    run = resumed_run_or_none(arguments) or arguments.configured_run
+    if run is not None:
+        # How the base is stored changes no example, and its weights are not fetched
+        take_options_of_run(arguments, run, is_dense=True, process_count=1)
     with delayed_transformers_log(replay=False):
         vocabulary, _, positions, _ = read_language_model_sizes(model_path)
-        if arguments.configured_run is not None:
-            take_options_of_run(arguments, arguments.configured_run, is_dense=False, process_count=1)
-        tokenizer = read_tokenizer(model_path, vocabulary)
-        data = read_fit_texts(arguments, tokenizer, positions, arguments.configured_run)
+        data = read_fit_texts(arguments, read_tokenizer(model_path, vocabulary), positions, run)
     for note in data.notes:
         print(f"lowmem fit: {note}", file=sys.stderr)
     shown = [*zip(data.texts.examples, data.texts.places, strict=True)][: arguments.show]

@@ -10,6 +10,7 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 
 from lowmem.__main__ import main
 from lowmem.tools import fit_job, fit_show
+from tests.tools.conftest import CHAT
 
 
 @pytest.fixture
@@ -70,3 +71,15 @@ def test_more_examples_than_there_are_are_all_of_them(place, results, refused):
     assert found["examples"][0]["place"] == "line 1"
     assert found["lengths"].keys() == {"median", "90%", "99%", "longest"}
     assert "--data must name a file of texts" in refused("fit", "llama", "--show", "1")
+
+
+def test_examples_are_shown_as_an_earlier_run_read_them(place, results):
+    Path("a.jsonl").write_text("\n".join(json.dumps({"q": f"{n}?", "a": "b"}) for n in range(3)))
+    Path("own.jinja").write_text("own" + CHAT)
+    argv = ["fit", "llama", "--data", "a.jsonl"]
+    options = ["--columns", "prompt=q", "completion=a", "--system", "s", "--chat-template", "own.jinja"]
+    assert main([*argv, *options, "--steps", "1", "--save", "out"]) == 0
+    Path("own.jinja").unlink()
+    for run in (["--config", "out/training.json"], ["--save", "out", "--resume"]):
+        found = results(*argv, *run, "--show", "1")
+        assert "".join(text for text, _ in found["examples"][0]["pieces"]) == "own<system>s;<user>0?;<assistant>b;"
