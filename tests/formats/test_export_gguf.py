@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GemmaTokenizer,
     LlamaConfig,
@@ -221,6 +224,27 @@ def test_transformers_reads_a_gemma_3_of_the_usual_shape(tmp_path):
         expected = model(row).logits
         assert float((ours(row).logits - expected).norm()) < 1e-6 * float(expected.norm())
         assert float((theirs(row).logits - expected).norm()) < 1e-5 * float(expected.norm())
+
+
+def test_the_text_part_of_a_gemma_3_with_pictures_is_written_as_the_guide_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = MODELS["gemma3"].to_dict() | {"vocab_size": 1500}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    vision |= {"image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    whole = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, image_token_index=7))
+    whole.eval().save_pretrained("gemma-3-4b-it")
+    of_gemma().save_pretrained("gemma-3-4b-it")
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "llama-cpp.md").read_text(encoding="utf8")
+    exec(textwrap.dedent(page.partition("`export` take:\n")[2]))
+    assert main(["quantize", "gemma-3-4b-text", "stored", "--for", "llama.cpp"]) == 0
+    rows = lowmem.export("stored", "stored.gguf")
+    assert all(row.error is None for row in rows)
+    row, text = torch.randint(0, 900, (1, 60)), AutoModelForCausalLM.from_pretrained("gemma-3-4b-text")
+    with torch.no_grad():
+        expected, logits = whole(row).logits, text(row).logits
+    assert float((logits - expected).norm()) < 1e-5 * float(expected.norm())
+    assert main(["quantize", "gemma-3-4b-it", "refused", "--for", "llama.cpp"]) == 2
 
 
 def test_the_package_gguf_reads_the_same_fields_and_values(tmp_path):

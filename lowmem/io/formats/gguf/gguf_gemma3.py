@@ -34,22 +34,12 @@ def gemma3_config_as_llama_and_fields(config: Mapping[str, Any]) -> tuple[dict[s
         ValueError: a value that llama.cpp does not compute.
     """
     given = {**_GEMMA3_DEFAULTS, **{name: value for name, value in config.items() if value is not None}}
-    ropes = [
-        {
-            "rope_theta": given.get(theta_name, theta),
-            **checked_object(checked_object(given, "rope_parameters"), kind),
-        }
-        for kind, theta_name, theta in (
-            ("full_attention", "rope_theta", 1e6),
-            ("sliding_attention", "rope_local_base_freq", 1e4),
-        )
-    ]
-    ropes[0] |= checked_object(given, "rope_scaling")
-    layers, hidden = (
-        checked_positive_integer(given, "num_hidden_layers"),
-        checked_positive_integer(given, "hidden_size"),
-    )
-    heads, head = (checked_positive_integer(given, name) for name in ("num_attention_heads", "head_dim"))
+    ropes = checked_object(given, "rope_parameters")
+    full = {"rope_theta": given.get("rope_theta", 1e6), **checked_object(ropes, "full_attention")}
+    full |= checked_object(given, "rope_scaling")
+    local = {"rope_theta": given.get("rope_local_base_freq", 1e4), **checked_object(ropes, "sliding_attention")}
+    sizes = "num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim"
+    layers, hidden, heads, head = (checked_positive_integer(given, name) for name in sizes)
     computed = {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": gemma3_attention_scalar(layers, hidden, heads, head),
@@ -58,16 +48,14 @@ def gemma3_config_as_llama_and_fields(config: Mapping[str, Any]) -> tuple[dict[s
     for name, value in computed.items():
         if given.get(name, value) != value:
             raise ValueError(f"{name}={short_repr(given[name])}: llama.cpp computes {short_repr(value)} in a gemma3")
-    for rope, kinds in zip(ropes, (("default", "linear"), ("default",)), strict=True):
-        if rope.get("rope_type", rope.get("type", "default")) not in kinds:
-            raise ValueError(
-                f"rope_parameters={short_repr(rope)}: llama.cpp computes {' or '.join(kinds)} in a gemma3"
-            )
+    for rope, kinds in ((full, ("default", "linear")), (local, ("default",))):
+        if (kind := rope.get("rope_type", rope.get("type", "default"))) not in kinds:
+            raise ValueError(f"rope_type={short_repr(kind)}: llama.cpp computes {' or '.join(kinds)} in a gemma3")
     as_llama = {name: value for name, value in given.items() if name != "sliding_window"}
-    return as_llama | {"rope_parameters": ropes[0]}, {
+    return as_llama | {"rope_parameters": full}, {
         "attention.sliding_window": checked_positive_integer(given, "sliding_window", 4096),
         "attention.sliding_window_pattern": _gemma3_period(given, layers),
-        "rope.freq_base_swa": checked_positive_number(ropes[1], "rope_theta"),
+        "rope.freq_base_swa": checked_positive_number(local, "rope_theta"),
     }
 
 

@@ -141,8 +141,10 @@ def _planned_form(gguf_name: str, weight: LazyWeight, technique: StorageTechniqu
 
 def _scale_reason_or_none(form: CodedForm, weight: LazyWeight) -> str | None:
     """Return why no type of GGUF has the scales of a weight, whose levels and blocks one has; None: one has them."""
-    if form.format != "fp4" and form.method != "imported" and form.scale_encoding.startswith("float16"):
-        return None  # quantize chose such scales
-    stored = weight.read() if isinstance(weight.form, CodedForm) else None
-    is_exact = isinstance(stored, QuantizedTensor) and exact_type_and_row_bytes_or_none(stored) is not None
+    if isinstance(weight.form, CodedForm):
+        stored = weight.read()
+        is_exact = isinstance(stored, QuantizedTensor) and exact_type_and_row_bytes_or_none(stored) is not None
+    else:
+        # Of fp4, GGUF holds powers of two alone
+        is_exact = form.scale_encoding.startswith("float16") and form.format != "fp4"
     return None if is_exact else "whose scales GGUF does not hold"

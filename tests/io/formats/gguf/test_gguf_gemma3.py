@@ -47,7 +47,10 @@ def test_the_config_of_a_gemma_3_becomes_fields():
         ({"rope_parameters": []}, None),
         ({"rope_parameters": [1]}, r"rope_parameters=\[1\] must be an object"),
         ({"rope_parameters": {"full_attention": 3}}, "full_attention=3 must be an object"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "llama.cpp computes default or linear"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}},
+            "rope_type='yarn': llama.cpp computes default or linear",
+        ),
         (
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}},
             "llama.cpp computes default in a gemma3",

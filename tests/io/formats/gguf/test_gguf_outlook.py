@@ -77,8 +77,8 @@ def test_rows_that_are_no_multiple_of_32_are_not_exact(tmp_path):
     assert gguf_outlook(folder, None) == GGUFOutlook()
 
 
-def test_scales_of_other_programs_are_read(tmp_path):
-    """Of an imported weight the form does not say whether GGUF holds its scales."""
+def test_scales_of_stored_weights_are_read(tmp_path):
+    """The form does not say whether GGUF holds them."""
     for number, factor in enumerate((1.0, 1 + 2**-20)):
         weights = weights_of(fourbit("q4_0"))
         name = "model.layers.0.mlp.up_proj.weight"
