@@ -286,7 +286,7 @@ def check_arguments_and_make_job(
     _check_optimizer(arguments)
     is_for_llama_cpp = getattr(arguments, "for") is not None
     technique, dense = _technique_and_is_dense(model_path, arguments.format, arguments.bits, is_for_llama_cpp)
-    gguf = gguf_outlook(model_path, technique)
+    gguf = gguf_outlook(model_path, technique, arguments.target or ())
     if is_for_llama_cpp:
         gguf.check_exact(model_path, "fine-tune")
     base_notes = _check_and_describe_kept_base(arguments, model_path, technique)

@@ -263,6 +263,8 @@ def test_for_llama_cpp_refuses_before_training_what_export_does_not_write(place,
     for option in (["--format", "nf4"], ["--bits", "5"]):
         assert "not allowed with argument" in refused("fit", "llama", *argv, *option)
     assert "--for does not apply to model='bignet'" in refused("fit", "bignet", "--for", "llama.cpp")
+    told = refused("fit", "llama", *argv, "--target", "q_proj", "lm_head")  # whose ends are tied
+    assert "llama.cpp adapts neither end of a model whose ends share a weight: leave it out of --target" in told
     assert listed() == before
     assert main(["quantize", "llama", "small"]) == 0
     assert "no type with the levels of int8; leave --for llama.cpp out" in refused("fit", "small", *argv)

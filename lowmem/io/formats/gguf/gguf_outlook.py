@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ LLAMA_CPP = FourBit("iq4_nl", embeddings="q8_0")
 
 _EMBEDDING = "token_embd.weight"
 _ENDS = (_EMBEDDING, "output.weight")
+_MODEL_ENDS = ("model.embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,24 @@ class GGUFOutlook:
         return f"export to GGUF: not exact, since {self.inexact}; {self.remedy} trains on a base that is{like}"
 
 
-def gguf_outlook(source: Path, technique: StorageTechnique) -> GGUFOutlook:
+def gguf_outlook(source: Path, technique: StorageTechnique, targets: Sequence[str] = ()) -> GGUFOutlook:
     """Return what ``lowmem export`` will make of a folder, or of a GGUF file, which it copies.
 
     Args:
         source: a folder, dense or stored, or a GGUF file.
         technique: how the weights of a dense folder will be stored; None: all are as they are.
+        targets: paths, their ends or glob patterns of the layers that an adapter has; none: the default ones.
     """
     if source.is_file():
         return GGUFOutlook()
     try:
         with open_lazy_model(source) as model:
             weights, like = _checked_weights_and_like_reason(model)
+            patterns = [pattern for name in targets for pattern in (name, f"*.{name}")]
+            are_tied = _ENDS[1] not in weights
+            if are_tied and any(fnmatchcase(end, pattern) for end in _MODEL_ENDS for pattern in patterns):
+                why = "llama.cpp adapts neither end of a model whose ends share a weight: leave it out of --target"
+                raise file_error(source, why, "export an adapter of")
             inexact = _first_inexact_reason_or_none(weights, technique)
             if inexact is None:
                 return GGUFOutlook(like=like)

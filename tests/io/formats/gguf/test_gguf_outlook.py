@@ -157,3 +157,14 @@ def test_a_folder_that_another_program_quantized_is_not_written(tmp_path):
     config = {**CONFIG, "quantization_config": {"quant_method": "gptq"}}
     (folder / "config.json").write_text(json.dumps(config))
     assert "'gptq' quantized it: make it lowmem's first" in gguf_outlook(folder, None).refusal
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_of_an_end_that_is_tied_is_not_written(tied, tmp_path):
+    config = {**CONFIG, "tie_word_embeddings": tied}
+    folder = write_folder(tmp_path / "in", weights_of(torch.Tensor.clone, config), config)
+    for target in ("lm_head", "embed_tokens", "model.embed*", "*"):
+        refusal = gguf_outlook(folder, LLAMA_CPP, (target,)).refusal
+        assert (refusal is not None) == tied
+        assert not tied or "leave it out of --target" in refusal
+    assert gguf_outlook(folder, LLAMA_CPP, ("q_proj", "mlp.*")) == GGUFOutlook()
