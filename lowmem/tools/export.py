@@ -7,9 +7,11 @@ import os
 import shlex
 import shutil
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
@@ -32,7 +34,16 @@ from lowmem.io.formats.open_foreign import open_foreign_checkpoint
 from lowmem.io.formats.peft.peft_reader import adapter_folders_without_model
 from lowmem.io.hub_names import displayed_model_name
 from lowmem.io.shards import INDEX
+from lowmem.io.training_record import check_unchanged_since_training
 from lowmem.tools.arguments import DTYPES, add_verbose_argument, option_string, parse_nonempty_path
+from lowmem.tools.export_programs import (
+    OLLAMA,
+    PROGRAMS,
+    check_base_is_exact,
+    check_program_options,
+    read_trained_prompts,
+    write_program_files,
+)
 from lowmem.tools.hub_arguments import fetch_base, fetch_model, parse_model_path
 from lowmem.tools.output import (
     bytes_before_and_after_text,
@@ -44,6 +55,8 @@ from lowmem.tools.output import (
     shape_text,
     warnings_printed_as_notes,
 )
+from lowmem.transforms.merge_adapters import merge
+from lowmem.transforms.restore_dense import restore
 
 DTYPE_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
@@ -60,6 +73,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=parse_nonempty_path, metavar="OUT", help="OUT.gguf, or a folder; must not exist")
     parser.add_argument(
         "--format", choices=list(export_targets_by_format_name()), help="default: by the ending of OUT"
+    )
+    parser.add_argument(
+        "--for",
+        dest="program",
+        choices=PROGRAMS,
+        help="write OUT.gguf with the codes of the training and OUT-adapter.gguf, for ollama with OUT.Modelfile, "
+        "check that they make the same tokens of conversations, and print the commands that run them",
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="for --for: one dense file in --dtype, with the adapter merged into it"
     )
     parser.add_argument(
         "--requantize",
@@ -84,12 +107,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    is_adapter = bool(adapter_folders_without_model(arguments.source))
+    check_program_options(arguments, is_adapter)
+    if arguments.program is not None:
+        arguments.out = arguments.out.with_name(f"{arguments.out.name.removesuffix('.gguf')}.gguf")
     name = checked_or_inferred_export_format(arguments.out, arguments.format)
     check_outside_inputs(arguments.out, {"IN": arguments.source})
     outs = [arguments.out]
-    if adapter_folders_without_model(arguments.source):
+    if is_adapter and not arguments.merge:
         outs.append(_adapter_out_path(arguments.out, name))
-        rows = _export_base_and_adapter(arguments, name, outs[1])
+    if arguments.program == OLLAMA:
+        outs.append(arguments.out.with_suffix(".Modelfile"))
+    for path in outs:
+        check_not_exists(path)
+    if is_adapter:
+        rows, commands = _export_base_and_adapter(arguments, name, outs)
     else:
         for option in ("base", "adapter", "dense_base"):
             if getattr(arguments, option):
@@ -97,8 +129,11 @@ def run(arguments: argparse.Namespace) -> int:
                     f"{option_string(option)} applies to an adapter, and IN={str(arguments.source)!r} is none: leave "
                     "it out"
                 )
-        with exclusive_write_lock(arguments.out), warnings_printed_as_notes():
+        with exclusive_write_lock(arguments.out), warnings_printed_as_notes(), ExitStack() as undo:
             rows = _export_model(arguments, arguments.source, name)
+            undo.callback(_remove, arguments.out)
+            commands = [] if arguments.program is None else _program_commands_of_folder(arguments, outs)
+            undo.pop_all()
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0
@@ -109,8 +144,12 @@ def run(arguments: argparse.Namespace) -> int:
             text_columns=(0, 2, 3),
         )
     _print_export_totals(name, rows)
+    if arguments.merge:
+        print(f"one dense file in {DTYPE_NAMES[arguments.dtype]}: the adapter is merged into its base")
     for out in outs:
         print_saved_path_to_stderr(out)
+    for command in commands:
+        print(command)
     return 0
 
 
@@ -133,8 +172,13 @@ def _adapter_out_path(out: Path, format_name: str) -> Path:
     return out.with_name(f"{out.name.removesuffix(ending)}-adapter{ending}")
 
 
-def _export_base_and_adapter(arguments: argparse.Namespace, format_name: str, adapter_out: Path) -> list[Exported]:
-    """Write an adapter's base as training stored it, and the adapter, both or neither; return the base's rows."""
+def _export_base_and_adapter(
+    arguments: argparse.Namespace, format_name: str, outs: Sequence[Path]
+) -> tuple[list[Exported], list[str]]:
+    """Write an adapter's base as training stored it, and the adapter, or both merged.
+
+    Everything is written, or nothing. Returns the base's rows, and the commands of ``--for``.
+    """
     from lowmem.integrations.transformers.adapted_folder import write_base_with_tokenizer
     from lowmem.integrations.transformers.model_facts import delayed_transformers_log
     from lowmem.integrations.transformers.pretrained_folder import (
@@ -144,14 +188,15 @@ def _export_base_and_adapter(arguments: argparse.Namespace, format_name: str, ad
     )
     from lowmem.integrations.transformers.text_generation import adapter_base_and_technique
 
-    for path in (arguments.out, adapter_out):
-        check_not_exists(path)
     folder, adapter_name = resolve_adapter_path_and_name(arguments.source, arguments.adapter)
     named_base = None if arguments.base is None else fetch_model(arguments.base)
     base, technique = adapter_base_and_technique(folder, named_base, arguments.dense_base, fetch_base)
     check_outside_inputs(arguments.out, {"the base": base})
-    kind = "gguf" if format_name == "gguf" else "peft"
-    if base.is_file() and (kind != "gguf" or arguments.dtype or arguments.like):
+    kind, prompts = "gguf" if format_name == "gguf" else "peft", None
+    if arguments.program is not None:
+        check_unchanged_since_training(folder, base)
+        check_base_is_exact(base, technique, arguments)
+    if base.is_file() and not arguments.merge and (kind != "gguf" or arguments.dtype or arguments.like):
         quantize = shlex.join(["lowmem", "quantize", str(base), "FOLDER"])
         why = f"it is a GGUF file, which is copied as it is: run `{quantize}`, and name that with --base FOLDER"
         raise file_error(base, why, "export")
@@ -171,18 +216,56 @@ def _export_base_and_adapter(arguments: argparse.Namespace, format_name: str, ad
                 stored_base = scratch / Path(displayed_model_name(base.resolve())).name
                 quantize_folder(base, stored_base, technique)
             base = stored_base
-        model = load_adapter(load_folder_or_gguf(base), folder, adapter_name)
-        save_adapter(model, adapter_out, format=kind, **({} if kind == "gguf" else {"base_name": str(arguments.out)}))
-        undo.callback(shutil.rmtree if adapter_out.is_dir() else os.unlink, adapter_out)
+        model: Any = load_adapter(load_folder_or_gguf(base), folder, adapter_name)
+        if arguments.merge and base.is_file():
+            arguments.like = arguments.like or base
+        if arguments.program is not None:
+            prompts = read_trained_prompts(folder, base, arguments.like, model.generation_config)
+        if arguments.merge:
+            base = _write_merged_folder(arguments, model, base, scratch / "merged")
+        else:
+            options = {} if kind == "gguf" else {"base_name": str(arguments.out)}
+            save_adapter(model, outs[1], format=kind, **options)
+            undo.callback(_remove, outs[1])
         del model
         if base.is_file():
-            _warn_of_another_chat_template(base, folder)
+            if prompts is None:
+                _warn_of_another_chat_template(base, folder)
             rows = _copy_gguf(base, arguments.out)
         else:
             write_base_with_tokenizer(base, folder, scratch / "source")
+            if prompts is not None:
+                prompts.let_folder_begin_as_trained(scratch / "source")
             rows = _export_model(arguments, scratch / "source", format_name)
+        undo.callback(_remove, arguments.out)
+        commands = [] if prompts is None else write_program_files(arguments, outs, prompts)
         undo.pop_all()
-    return rows
+    return rows, commands
+
+
+def _remove(path: Path) -> None:
+    (shutil.rmtree if path.is_dir() else os.unlink)(path)
+
+
+def _write_merged_folder(arguments: argparse.Namespace, model: Any, base: Path, target: Path) -> Path:
+    """Write the folder of a model with its adapter merged, dense; return it."""
+    from lowmem.integrations.transformers.pretrained_folder import write_model_folder
+
+    dtype = DTYPES[DTYPE_NAMES[arguments.dtype]]
+    write_model_folder(restore(merge(model, dtype), dtype=dtype), base if base.is_dir() else None, target, None)
+    return target
+
+
+def _program_commands_of_folder(arguments: argparse.Namespace, outs: Sequence[Path]) -> list[str]:
+    """Check the file of a folder without an adapter, and return commands that run it."""
+    from transformers import GenerationConfig
+
+    source = arguments.source
+    has_config = (source / "generation_config.json").is_file()
+    generation_config = GenerationConfig.from_pretrained(source) if has_config else GenerationConfig()
+    return write_program_files(
+        arguments, outs, read_trained_prompts(source, source, arguments.like, generation_config)
+    )
 
 
 def _copy_gguf(source: Path, out: Path) -> list[Exported]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,15 +28,19 @@ from lowmem.io.filesystem import (
     check_outside_inputs,
     check_writable,
     open_regular_file,
-    read_errors_with_path,
 )
 from lowmem.io.formats.gguf.gguf_outlook import LLAMA_CPP, GGUFOutlook, gguf_outlook
 from lowmem.io.formats.peft.peft_reader import CONFIG, WEIGHTS
 from lowmem.io.hub_names import displayed_model_name
 from lowmem.io.model_folder import weights_or_index_path
 from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
-from lowmem.io.shards import INDEX, read_weight_map
-from lowmem.io.training_record import RECORD_FILE, StorageTechnique, technique_format_name
+from lowmem.io.training_record import (
+    RECORD_FILE,
+    StorageTechnique,
+    base_files_sha256,
+    combined_sha256,
+    technique_format_name,
+)
 from lowmem.nn.techniques import Budget, Half, LoRA, blockwise_technique
 from lowmem.tools.arguments import DEFAULT_RANK, option_string, select_local_rank_device
 from lowmem.tools.chat_arguments import RECORD_KEY
@@ -135,7 +138,7 @@ class FineTuningJob:
             "alpha": self.adapter.alpha,
             "dropout": self.adapter.dropout,
             "targets": list(self.targets),
-            "from": None if self.start_adapter is None else _combined_sha256(_adapter_file_paths(self.start_adapter)),
+            "from": None if self.start_adapter is None else combined_sha256(_adapter_file_paths(self.start_adapter)),
             "memory": self.memory_mode,
             "length": self.length,
             "data": self.texts.digest,
@@ -317,7 +320,7 @@ def check_arguments_and_make_job(
         settings = replace(settings, batch_size=batch_size, accumulate=accumulate)
     job = FineTuningJob(
         model_path,
-        _base_files_sha256(model_path),
+        base_files_sha256(model_path),
         technique,
         dense,
         arguments.compare_dense,
@@ -441,23 +444,6 @@ def _technique_and_is_dense(
     if format_name in ("bfloat16", "float16"):
         return Half(getattr(torch, format_name)), True
     return (blockwise_technique(format_name) if bits is None else Budget(bits)), True
-
-
-def _base_files_sha256(model_path: Path) -> str:
-    """Return the SHA-256 of the files that a base is made of."""
-    if model_path.is_file():
-        return _combined_sha256([model_path])
-    weights = weights_or_index_path(model_path)
-    names = sorted({*read_weight_map(weights).values()}) if weights.name.endswith(INDEX) else [weights.name]
-    return _combined_sha256([model_path / name for name in ("config.json", *names)])
-
-
-def _combined_sha256(paths: Iterable[Path]) -> str:
-    sha256 = hashlib.sha256()
-    for file in paths:
-        with open_regular_file(file) as opened, read_errors_with_path(file):
-            hashlib.file_digest(opened, lambda: sha256)
-    return sha256.hexdigest()
 
 
 def check_outputs_writable(arguments: argparse.Namespace, job: FineTuningJob) -> None:

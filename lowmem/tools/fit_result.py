@@ -17,7 +17,7 @@ from lowmem.distributed.torchrun_processes import restart_command_words
 from lowmem.io.adapter_files import save_adapter
 from lowmem.io.filesystem import atomic_folder, write_atomically, write_errors_with_path
 from lowmem.io.hub_names import hub_name_and_commit_or_none
-from lowmem.io.training_record import KEPT_BASE, RECORD_FILE
+from lowmem.io.training_record import FILES_KEY, KEPT_BASE, RECORD_FILE, sha256_by_file
 from lowmem.tools.fit_job import FineTuningJob, states_folder
 from lowmem.tools.fit_samples import samples_markdown
 from lowmem.transforms.named_adapters import delete_adapter
@@ -77,13 +77,14 @@ def write_adapter_folder(
         states_folder.mkdir(exist_ok=True)
     try:
         with atomic_folder(job.save_path, states_folder) as partial:
-            _write_adapter_files(job, partial, model, record)
+            _write_adapter_files(job, partial, model)
             if (states_folder / CHECKPOINTS).exists():
                 shutil.copytree(states_folder / CHECKPOINTS, partial / CHECKPOINTS)
-            write_atomically(partial / "README.md", _model_card_markdown(job, record, command).encode())
             if job.keep_base:
                 # Only the files are used from here on
                 write_model_folder(delete_adapter(model, "default"), job.model_path, partial / KEPT_BASE, None)
+            _write_record(partial, record)
+            write_atomically(partial / "README.md", _model_card_markdown(job, record, command).encode())
     finally:
         with suppress(OSError):  # it has states
             states_folder.rmdir()
@@ -97,7 +98,8 @@ def write_checkpoint(job: FineTuningJob, model: nn.Module, record: dict[str, Any
     with write_errors_with_path(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(path, folder) as partial:
-        _write_adapter_files(job, partial, model, record)
+        _write_adapter_files(job, partial, model)
+        _write_record(partial, record)
 
 
 def remove_later_checkpoints(save_path: Path, step: int) -> None:
@@ -109,12 +111,17 @@ def remove_later_checkpoints(save_path: Path, step: int) -> None:
                 shutil.rmtree(path)
 
 
-def _write_adapter_files(job: FineTuningJob, folder: Path, model: nn.Module, record: dict[str, Any]) -> None:
+def _write_adapter_files(job: FineTuningJob, folder: Path, model: nn.Module) -> None:
     save_adapter(model, folder / "adapter", format="peft", base_name=job.base_name)
     for file in sorted((folder / "adapter").iterdir()):
         shutil.move(file, folder / file.name)
     (folder / "adapter").rmdir()
     job.tokenizer.save_pretrained(folder)
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write the record of an adapter whose other files are written."""
+    record = record | {FILES_KEY: sha256_by_file(folder)}
     write_atomically(folder / RECORD_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 

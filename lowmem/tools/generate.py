@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
             progress=lambda done, total: update(completed=done, total=total),
         )
         chat = apply_chat_arguments(arguments, tokenizer, recorded)
-        ends = end_token_ids(model, tokenizer, arguments.chat, chat.template_kwargs)
+        ends = end_token_ids(model.generation_config, tokenizer, arguments.chat, chat.template_kwargs)
     prepare_inference(model.to(device))
     if arguments.cache_bits is not None:
         from lowmem.integrations.transformers import ATTENTION

@@ -15,7 +15,7 @@ from tests.tools.conftest import CHAT
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    monkeypatch.setattr(fit_job, "_base_files_sha256", lambda path: pytest.fail("it reads the weights"))
+    monkeypatch.setattr(fit_job, "base_files_sha256", lambda path: pytest.fail("it reads the weights"))
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -70,7 +70,7 @@ class ChatTemplate:
             ValueError: the template refuses the messages, leaves tools or their calls out, or writes a message of
                 the assistant in another form.
         """
-        messages = self._messages_with_calls_as_written(messages, tools)
+        messages = self.messages_with_calls_as_written(messages, tools)
         text = self.text(messages, tools)
         if tools and text == self.text(messages):
             raise ValueError(
@@ -91,7 +91,7 @@ class ChatTemplate:
                 done = stop
         return [(piece, learned) for piece, learned in [*pieces, (text[done:], False)] if piece]
 
-    def _messages_with_calls_as_written(self, messages: Messages, tools: Tools | None) -> Messages:
+    def messages_with_calls_as_written(self, messages: Messages, tools: Tools | None) -> Messages:
         """Return messages with calls of tools in the first form that the template writes whole.
 
         Templates want arguments as an object or as JSON text, and some an id of nine characters. Some write something

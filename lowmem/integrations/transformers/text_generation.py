@@ -160,7 +160,7 @@ def open_model_and_tokenizer(
 
 
 def end_token_ids(
-    model: Any, tokenizer: Any, chat: bool, template_kwargs: Mapping[str, Any] | None = None
+    generation_config: Any, tokenizer: Any, chat: bool, template_kwargs: Mapping[str, Any] | None = None
 ) -> Sequence[int]:
     """Return the tokens that end a text: the model's, the tokenizer's, and those that end an answer in a chat.
 
@@ -169,7 +169,7 @@ def end_token_ids(
     Raises:
         ValueError: ``chat`` of a tokenizer whose template is missing, or refuses messages.
     """
-    eos_token_id = model.generation_config.eos_token_id
+    eos_token_id = generation_config.eos_token_id
     ends = {*(eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]), tokenizer.eos_token_id}
     if chat:
         answer = "An answer"

@@ -26,8 +26,8 @@ def test_all_tokens_that_end_an_answer_end_it(tmp_path):
     model.generation_config.eos_token_id = [7, 8]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.chat_template = CHAT
-    assert end_token_ids(model, tokenizer, chat=False) == [1, 7, 8]
-    assert end_token_ids(model, tokenizer, chat=True) == [0, 1, 7, 8]
+    assert end_token_ids(model.generation_config, tokenizer, chat=False) == [1, 7, 8]
+    assert end_token_ids(model.generation_config, tokenizer, chat=True) == [0, 1, 7, 8]
 
 
 def write_config(folder, base):
