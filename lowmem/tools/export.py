@@ -33,6 +33,7 @@ from lowmem.io.formats.lazy_model import open_lazy_model
 from lowmem.io.formats.open_foreign import open_foreign_checkpoint
 from lowmem.io.formats.peft.peft_reader import adapter_folders_without_model
 from lowmem.io.hub_names import displayed_model_name
+from lowmem.io.model_folder import read_json_object
 from lowmem.io.shards import INDEX
 from lowmem.io.training_record import check_unchanged_since_training
 from lowmem.tools.arguments import DTYPES, add_verbose_argument, option_string, parse_nonempty_path
@@ -261,8 +262,8 @@ def _program_commands_of_folder(arguments: argparse.Namespace, outs: Sequence[Pa
     from transformers import GenerationConfig
 
     source = arguments.source
-    has_config = (source / "generation_config.json").is_file()
-    generation_config = GenerationConfig.from_pretrained(source) if has_config else GenerationConfig()
+    path = source / "generation_config.json"
+    generation_config = GenerationConfig.from_dict(read_json_object(path)) if path.is_file() else GenerationConfig()
     return write_program_files(
         arguments, outs, read_trained_prompts(source, source, arguments.like, generation_config)
     )

@@ -43,21 +43,15 @@ def stop_after(steps):
     return watch
 
 
-class Watched:
+class Watched(lowmem.Rows):
     """Rows that note which of them are asked for in training."""
 
     def __init__(self, found):
-        self.__dict__.update(found=found, seen=[])
-
-    def __getattr__(self, name):
-        return getattr(self.found, name)
-
-    def __len__(self):
-        return len(self.found)
+        self.__dict__.update(found.__dict__, seen=[])
 
     def batch(self, indices, device="cpu"):
         self.seen.append(list(indices))
-        return self.found.batch(indices, device)
+        return super().batch(indices, device)
 
 
 def run(folder, ranks=None, states=None, stop=None, memory=None):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -71,9 +72,18 @@ def test_memory_is_that_of_the_process(monkeypatch):
         kept = torch.ones(2**26, dtype=torch.uint8)
         assert process_peak_bytes_or_none(torch.device("cpu")) >= max(before, kept.nbytes)
         monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=3072))
-        for system, unit in (("linux", 1024), ("darwin", 1)):  # KiB, and on macOS bytes
+        for system, unit in (("freebsd14", 1024), ("darwin", 1)):  # KiB, and on macOS bytes
             monkeypatch.setattr("sys.platform", system)
             assert process_peak_bytes_or_none(torch.device("cpu")) == 3072 * unit
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no peak of a process")
+def test_memory_is_not_that_of_the_process_that_started_this_one():
+    mine = torch.ones(2**30, dtype=torch.uint8)
+    code = "import torch; from lowmem.finetuning.metrics import process_peak_bytes_or_none as peak"
+    argv = [sys.executable, "-c", f"{code}; print(peak(torch.device('cpu')))"]
+    found = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    assert 2**20 < int(found) < mine.nbytes
 
 
 @pytest.mark.thorough

@@ -319,6 +319,7 @@ PLAIN = safetensors.torch.save({"a": torch.ones(3)}, {"format": "pt"})
         (PLAIN[:-1], "damaged or no safetensors file: the tensors take 12 bytes, and 11 are there"),
         (safetensors.torch.save(SMALL, {"lowmem": "{}"}), "its digest is misplaced; get it again"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # bytes of a pickle differ between processes
 )
 def test_a_file_of_another_kind_is_told(content, reason):
     refused(content, reason)

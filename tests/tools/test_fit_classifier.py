@@ -352,7 +352,7 @@ def test_a_dry_run_says_what_the_run_takes(name, npz, tmp_path, capsys, results,
     target = tmp_path / "new" / "saved.safetensors"
     with monkeypatch.context() as patched:
         patched.setattr(tool, "train_classifier", None)
-        patched.setattr(tool, "make_model", None)
+        patched.setattr(tool, "build_or_load_named_model", None)
         planned = results("fit", *argv, "--dry-run", "--save", str(target))
         assert main(["fit", *argv, "--dry-run"]) == 0
         assert capsys.readouterr().out.startswith(f"{name}: ")

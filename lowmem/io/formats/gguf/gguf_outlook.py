@@ -49,9 +49,11 @@ class GGUFOutlook:
 
     def check_exact(self, path: Path, task: str) -> None:
         """Raise a FileError, with the task, unless the model will be written exactly."""
-        reason = self.refusal or self.inexact
-        if reason is not None:
-            raise file_error(path, f"{reason}; leave --for llama.cpp out", task)
+        if self.refusal is not None:
+            # Which names the path
+            raise FileError(f"{self.refusal}; leave --for llama.cpp out")
+        if self.inexact is not None:
+            raise file_error(path, f"{self.inexact}; leave --for llama.cpp out", task)
 
     def description(self) -> str:
         """Return one line: whether export will write a base exactly, and else with which option of ``fit``."""
