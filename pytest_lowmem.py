@@ -74,7 +74,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def memory_gate(request: pytest.FixtureRequest) -> MemoryGate:
     """Compare a model's bytes with the stored ones: ``memory_gate(model, *inputs, name="", loss=None, **named)``.
 
-    ``memory_gate.counted(count, name="")`` compares the figures that a function of your own returns.
+    ``memory_gate.counted(count, name="")`` compares the figures that a function of your own returns. Both take a
+    ceiling beside them: ``at_most="2 GiB"``.
     """
     return MemoryGate(_session(request), request.node)
 
@@ -98,9 +99,10 @@ class MemoryGate:
         *inputs: Any,
         name: str = "",
         loss: Callable[[Any], Tensor] | None = None,
+        at_most: str | int | None = None,
         **named: Any,
     ) -> Figures:
-        """Fail the test unless the memory figures of a model equal the stored ones.
+        """Fail the test unless the memory figures of a model equal the stored ones, and keep to a ceiling.
 
         Args:
             model: any module, on any device.
@@ -108,6 +110,8 @@ class MemoryGate:
             name: of this gate, where a test has several.
             loss: returns the scalar loss of a training step for the model's output; None: the output's ``loss``, or
                 the sum of its tensors.
+            at_most: bytes, or text such as "2 GiB", that ``stored_bytes`` and the larger of ``forward_bytes`` and
+                ``step_bytes`` may take together, whatever the stored figures are.
             **named: further example inputs of its forward.
 
         Returns:
@@ -117,11 +121,14 @@ class MemoryGate:
         with self._session.judging():
             from lowmem.testing.memory import memory_figures
 
-            self._take(name)
-            measured = memory_figures(model, *inputs, loss=loss, **named)
-        return self._judge(name, *measured)
+            self._take(name, at_most)
+            key, figures = memory_figures(model, *inputs, loss=loss, **named)
+        total = figures["stored_bytes"] + max(figures["forward_bytes"], figures["step_bytes"])
+        return self._judge(name, key, figures, at_most, total)
 
-    def counted(self, count: Callable[[], Mapping[str, int]], *, name: str = "") -> Figures:
+    def counted(
+        self, count: Callable[[], Mapping[str, int]], *, name: str = "", at_most: str | int | None = None
+    ) -> Figures:
         """Fail the test unless the figures that a function counts equal the stored ones.
 
         The function runs with the threads, the kernel and the seed that models are measured with.
@@ -129,6 +136,7 @@ class MemoryGate:
         Args:
             count: returns the figures in bytes by name, such as ``{"peak_bytes": lowmem.measure.peak_bytes(run)}``.
             name: of this gate, where a test has several.
+            at_most: bytes, or text such as "2 GiB", that the largest figure may take, whatever the stored ones are.
 
         Returns:
             The figures.
@@ -137,25 +145,31 @@ class MemoryGate:
         with self._session.judging():
             from lowmem.testing.memory import key_and_counted_figures
 
-            self._take(name)
-            measured = key_and_counted_figures(count)
-        return self._judge(name, *measured)
+            self._take(name, at_most)
+            key, figures = key_and_counted_figures(count)
+        return self._judge(name, key, figures, at_most, max(figures.values()))
 
-    def _take(self, name: str) -> None:
+    def _take(self, name: str, at_most: str | int | None) -> None:
+        from lowmem.testing.memory_gates import parse_ceiling
+
         if not isinstance(name, str) or name in self._names:
             hint = "give each memory gate of a test its own name=" if self._names else "it must be a string"
             raise ValueError(f"name={name!r}: {hint}")
         if not name.isprintable():
             raise ValueError(f"name={name!r}: it must be one printable line, as tables show it")
+        parse_ceiling(at_most)
         self._names.add(name)
 
-    def _judge(self, name: str, key: BaselineKey, figures: Figures) -> Figures:
+    def _judge(
+        self, name: str, key: BaselineKey, figures: Figures, at_most: str | int | None, total_bytes: int
+    ) -> Figures:
         __tracebackhide__ = True
         with self._session.judging():
-            from lowmem.testing.memory_gates import stored_gate_name
+            from lowmem.testing.memory_gates import ceiling_excess, stored_gate_name
 
+            gate_name = stored_gate_name(self._test, name)
             failure = self._session.memory().judge_figures_and_explain_failure(
-                stored_gate_name(self._test, name), self._test, key, figures
+                gate_name, self._test, key, figures, ceiling_excess(gate_name, at_most, total_bytes)
             )
         if failure is not None:
             pytest.fail(failure, pytrace=False)

@@ -211,6 +211,65 @@ def test_figures_that_a_function_counts_are_compared_as_those_of_a_model(project
     assert "'peak_bytes' is 1.5 and must be a number of bytes" in output
 
 
+CEILING = """
+from model import example_input, my_model
+
+AT_MOST = None
+
+def test_my_model_stays_small(memory_gate):
+    memory_gate(my_model(), example_input, at_most=AT_MOST)
+
+def test_counted(memory_gate):
+    memory_gate.counted(lambda: {"peak_bytes": 100, "file_bytes": 1024}, at_most=AT_MOST)
+"""
+
+
+def test_a_ceiling_holds_in_every_mode_whatever_the_baseline_says(project, run):
+    """One byte below what the model takes fails in every mode, and nothing of it is stored."""
+    project.makepyfile(test_model=CEILING)
+    assert run("--lowmem-baseline=store")[0] == 0
+    figures = baseline(project)["figures"][f"test_model.py::{NAME}"]
+    takes = figures["stored_bytes"] + max(figures["forward_bytes"], figures["step_bytes"])
+    assert takes < 1024
+    for at_most, passes in ((takes, False), (1023, False), (1024, True), ("1 KiB", True), ("1 GiB", True)):
+        project.makepyfile(test_model=CEILING.replace("None", repr(at_most)))
+        assert run()[0] == (0 if passes else 1), at_most
+    project.makepyfile(test_model=CEILING.replace("None", str(takes - 1)))
+    grow(project)
+    grown = 4 * (8 + 1 + 4)
+    for mode in ("compare", "store", "update"):
+        code, output = run(f"--lowmem-baseline={mode}", "-k", NAME, "--lowmem-json=out.json")
+        assert code == 1
+        assert (
+            f"test_model.py::{NAME} takes {takes + 2 * grown + 8:,} bytes, and at_most={takes - 1} allows "
+            f"{takes - 1:,}: {2 * grown + 9:,} too many"
+        ) in output
+        assert re.search(rf"^over +{BYTES + grown} .*::{NAME}$", output, re.MULTILINE)
+        assert baseline(project)["figures"][f"test_model.py::{NAME}"] == figures
+        found = read_verdict(project.path / "out.json")
+        (row,) = (row for row in found.rows if row.figure == "at_most")
+        assert (row.base, row.head, row.verdict) == (takes - 1, takes + 2 * grown + 8, "grew")
+        assert found.outcome == "failed"
+
+
+def test_a_ceiling_of_counted_figures_holds_the_largest(project, run):
+    project.makepyfile(test_model=CEILING.replace("None", repr("1023")))
+    code, output = run("--lowmem-baseline=store", "-k", "counted")
+    assert code == 1
+    assert "test_model.py::test_counted takes 1,024 bytes, and at_most='1023' allows 1,023: 1 too many" in output
+    assert not (project.path / "memory_baselines").exists()
+
+
+@pytest.mark.parametrize("bad", ["2 elephants", "", "-1 GiB", "nan", 0, -1, 2.5, True, ["1 GiB"]])
+def test_a_ceiling_that_is_no_size_is_one_line_and_exit_code_2(project, run, bad):
+    project.makepyfile(test_model=CEILING.replace("None", repr(bad)))
+    code, output = run("--lowmem-baseline=store")
+    assert code == 2
+    assert f"at_most={bad!r} must be a" in output
+    assert "such as 2GB or 500MiB" in output
+    assert not (project.path / "memory_baselines").exists()
+
+
 def test_the_verdict_is_written_as_json(project, run):
     run("--lowmem-baseline=store", "--lowmem-json=new/out.json")
     path = project.path / "new" / "out.json"

@@ -122,5 +122,5 @@ def ask() -> None:
 def test_gates(memory_gate: MemoryGate, latency_gate: LatencyGate) -> None:
     """Use the fixtures of the pytest plugin."""
     model, x = lowmem.convert(Net(), lowmem.FourBit()), torch.zeros(2, 64)
-    memory_gate(model, x, name="net")
+    memory_gate(model, x, name="net", at_most="2 GiB")
     latency_gate(model, Net(), x, at_least=1.1)

@@ -19,6 +19,7 @@ from lowmem.testing.memory_baseline import (
     stored_torch_versions_text,
     write_baseline_figures,
 )
+from lowmem.transforms.memory_plan import parse_byte_count
 from lowmem.transforms.model_summary import aligned_table_lines
 
 _SEPARATOR = " | "
@@ -26,7 +27,7 @@ _SEPARATOR = " | "
 
 @dataclass(frozen=True)
 class GateFiguresAndVerdict:
-    """The verdict of one gate: "same", "changed", "unknown", "stored" or "updated".
+    """The verdict of one gate: "same", "changed", "unknown", "stored", "updated", or "over" its ceiling.
 
     ``name`` is the node id of its test, and the gate's ``name=``, if any; ``stored`` are the figures of the baseline.
     """
@@ -36,6 +37,7 @@ class GateFiguresAndVerdict:
     figures: Figures
     verdict: str
     stored: Figures | None = None
+    over_ceiling: FigureComparison | None = None
 
 
 @dataclass
@@ -59,17 +61,25 @@ class MemoryGateSession:
     _stored: dict[BaselineKey, dict[str, Figures] | Exception | None] = field(default_factory=dict)  # None: no file
 
     def judge_figures_and_explain_failure(
-        self, gate_name: str, test_id: str, key: BaselineKey, figures: Figures
+        self,
+        gate_name: str,
+        test_id: str,
+        key: BaselineKey,
+        figures: Figures,
+        over_ceiling: FigureComparison | None = None,
     ) -> str | None:
         """Compare figures with the stored ones, or mark them to be stored; return why the gate fails, or None.
 
         The node id of its test is for the command that stores the figures. A baseline that is damaged is an error.
+        Figures over their ceiling fail in every mode, and are not stored.
         """
         path = key.file_path(self.directory)
         known = self.read_figures_cached_or_none(key)
         stored = (known or {}).get(gate_name)
         changes = [row for row in comparison_rows(gate_name, stored or {}, figures) if row.verdict != "same"]
         verdict = "unknown" if stored is None else "changed" if changes else "same"
+        if over_ceiling is not None:
+            verdict = "over"
         if (verdict, self.mode) in (("unknown", "store"), ("unknown", "update"), ("changed", "update")):
             self.pending.setdefault(key, {})[gate_name] = figures
             verdict = {"unknown": "stored", "changed": "updated"}[verdict]
@@ -77,8 +87,10 @@ class MemoryGateSession:
             # A rerun of the test measured the stored figures
             del self.pending[key][gate_name]
         self.rows[gate_name] = GateFiguresAndVerdict(
-            gate_name, self._path_relative_to_root(path), figures, verdict, stored
+            gate_name, self._path_relative_to_root(path), figures, verdict, stored, over_ceiling
         )
+        if over_ceiling is not None:
+            return "\n".join([over_ceiling.says, "", *difference_table_lines(changes)])
         if verdict not in ("unknown", "changed"):
             return None
         if verdict == "unknown":
@@ -164,7 +176,9 @@ class MemoryGateSession:
 
     def merge_worker_state(self, worker_state: dict[str, Any]) -> None:
         """Merge the ``serializable_state`` of a worker."""
-        self.rows |= {row["name"]: GateFiguresAndVerdict(**row) for row in worker_state["rows"]}
+        for row in worker_state["rows"]:
+            over_ceiling = FigureComparison(**row["over_ceiling"]) if row["over_ceiling"] else None
+            self.rows[row["name"]] = GateFiguresAndVerdict(**row | {"over_ceiling": over_ceiling})
         for key, figures in worker_state["pending"]:
             self.pending.setdefault(BaselineKey(*key), {}).update(figures)
         self.vanished |= {(BaselineKey(*key), name) for key, name in worker_state["vanished"]}
@@ -185,6 +199,7 @@ class MemoryGateSession:
         for gate in self.rows.values():
             stored = gate.figures if gate.verdict in ("stored", "updated") else gate.stored or {}
             rows += comparison_rows(gate.name, stored, gate.figures)
+            rows += [gate.over_ceiling] if gate.over_ceiling else []
         files = ", ".join(sorted({gate.file for gate in self.rows.values()}))
         tests_passed = tests_passed and not self.missing_gate_rows()
         return GateVerdict("memory", tests_passed, files, "this run", {}, sorted(rows, key=lambda row: row.name))
@@ -206,6 +221,27 @@ class MemoryGateSession:
 
     def _path_relative_to_root(self, path: Path) -> str:
         return (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix()
+
+
+def parse_ceiling(at_most: str | int | None) -> int | None:
+    """Return the bytes of a gate's ``at_most``, or None; a ValueError or TypeError says what a size looks like."""
+    try:
+        return None if at_most is None else parse_byte_count(at_most)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"at_most={error}") from None
+
+
+def ceiling_excess(gate_name: str, at_most: str | int | None, total_bytes: int) -> FigureComparison | None:
+    """Return the row of a gate that takes more than its ``at_most``, or None."""
+    ceiling = parse_ceiling(at_most)
+    if ceiling is None or total_bytes <= ceiling:
+        return None
+    says = (
+        f"{gate_name} takes {byte_count_text(total_bytes)} bytes, and at_most={at_most!r} allows "
+        f"{byte_count_text(ceiling)}: {byte_count_text(total_bytes - ceiling)} too many; make it smaller, or raise "
+        "at_most"
+    )
+    return FigureComparison(gate_name, "at_most", ceiling, total_bytes, verdict="grew", says=says)
 
 
 def stored_gate_name(test_id: str, gate_name: str) -> str:

@@ -6,7 +6,13 @@ import pytest
 
 from lowmem.errors import FileError
 from lowmem.testing.memory_baseline import BaselineKey, read_baseline_figures, write_baseline_figures
-from lowmem.testing.memory_gates import MemoryGateSession, is_gate_of_test, stored_gate_name
+from lowmem.testing.memory_gates import (
+    MemoryGateSession,
+    ceiling_excess,
+    is_gate_of_test,
+    parse_ceiling,
+    stored_gate_name,
+)
 
 KEY = BaselineKey("portable", "2.13", 2)
 OTHER = BaselineKey("cuda", "2.13", 2)
@@ -74,6 +80,28 @@ def test_a_failure_says_where_the_step_is_a_forward_alone(gates):
     assert "Nothing in the model trains" not in gates().judge_figures_and_explain_failure(
         TEST, TEST, KEY, moved(step=1)
     )
+
+
+@pytest.mark.parametrize("mode", ["compare", "store", "update"])
+@pytest.mark.parametrize("name", [TEST, "test_a.py::test_new"])
+def test_what_is_over_its_ceiling_fails_in_every_mode_and_is_not_stored(gates, mode, name):
+    session = gates(mode)
+    over = ceiling_excess(name, "2 KB", 2004)
+    failure = session.judge_figures_and_explain_failure(name, name, KEY, moved(stored=5), over)
+    assert failure.startswith(f"{name} takes 2,004 bytes, and at_most='2 KB' allows 2,000: 4 too many")
+    assert finish(session) == []
+    assert stored(session) == {TEST: FIGURES}
+    assert over in session.session_verdict(False).rows
+    assert session.rows[name].verdict == "over"
+
+
+def test_a_ceiling_is_inclusive_and_its_own_error_where_it_is_no_size():
+    assert parse_ceiling(None) is None
+    assert (parse_ceiling("2 GiB"), parse_ceiling(7)) == (2**31, 7)
+    assert ceiling_excess(TEST, "2 KB", 2000) is ceiling_excess(TEST, None, 2**60) is None
+    for bad, error in (("2 elephants", ValueError), (0, ValueError), (1.5, TypeError), (True, TypeError)):
+        with pytest.raises(error, match=f"^at_most={bad!r} must be a .*size such as 2GB or 500MiB$"):
+            parse_ceiling(bad)
 
 
 def test_updating_stores_what_moved_and_keeps_the_rest(gates):
