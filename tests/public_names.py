@@ -62,6 +62,8 @@ def parameters_and_members() -> dict[str, dict[str, list[str]]]:
         documented_object = resolve_name(path)
         found[path] = {}
         is_class = inspect.isclass(documented_object)
+        if hasattr(documented_object, "__pytest_wrapped__"):  # a fixture, which is a function before pytest 8.4
+            continue
         if inspect.isfunction(documented_object) or (is_class and inspect.isfunction(documented_object.__init__)):
             found[path]["parameters"] = [*inspect.signature(documented_object).parameters]
         members = vars(documented_object).items()

@@ -32,7 +32,9 @@ def check(*given):
         env={**os.environ, "GOMP_SPINCOUNT": "0"},  # threads of small products would spin
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.count("the same") == len(given) * len(defaults.CALLS)
+    skipped = ran.stdout.count("fails there by itself")
+    assert skipped <= len(defaults.STEPS_OF_ADAMW) * ("meta" in given)
+    assert ran.stdout.count("the same") + skipped == len(given) * len(defaults.CALLS)
 
 
 @pytest.mark.thorough(keep=1)
