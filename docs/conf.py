@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # for autodoc: nothing is installed
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # for autodoc, since nothing is installed, and for drawings.py
+
+from drawings import put_drawings_into  # noqa: E402
 
 from lowmem.version import __version__  # noqa: E402
 
@@ -50,7 +52,13 @@ def lead_to_the_index(app, docname, source):
     source[0] = source[0].replace("](../../README.md", "](../index.md")
 
 
+def show_drawings(app, docname, source):
+    """Put the drawings that a page names into it."""
+    source[0] = put_drawings_into(source[0])
+
+
 def setup(app):
     """Register what the pages need."""
     app.connect("source-read", show_both_themes)
     app.connect("source-read", lead_to_the_index)
+    app.connect("source-read", show_drawings)

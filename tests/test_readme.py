@@ -23,6 +23,7 @@ README = ROOT / "README.md"
 TECHNIQUES = ROOT / "docs" / "guides" / "techniques.md"
 RESULTS = ROOT / "docs" / "guides" / "results-and-quality.md"
 FORMAT = ROOT / "docs" / "format.md"
+FOUR_BITS = ROOT / "docs" / "four-bits.md"  # tests/test_four_bits.py
 GATES = "docs/guides/gate-your-own-model.md"  # the files of a project: tests/test_guide.py
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf8") for page in PAGES}
@@ -35,7 +36,7 @@ BLOCKS = [
 PYTHON = [
     pytest.param(name, code, id=f"{name}-{number}")
     for number, (name, language, code) in enumerate(BLOCKS)
-    if language == "python" and not name.startswith("docs/guides/") and ROOT / name != FORMAT
+    if language == "python" and not name.startswith("docs/guides/") and ROOT / name not in (FORMAT, FOUR_BITS)
 ]
 COMMANDS = [
     line
