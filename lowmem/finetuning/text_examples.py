@@ -8,7 +8,7 @@ import math
 import os
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -91,6 +91,11 @@ class Example:
         targets = torch.full_like(ids, IGNORED)
         targets[:-1] = torch.where(torch.tensor(is_target[1:], dtype=torch.bool, device="cpu"), ids[1:], IGNORED)
         return cls(ids, targets)
+
+    @property
+    def sequences(self) -> dict[str, Example]:
+        """What the model sees apart, by names for messages: the example itself."""
+        return {"": self}
 
     @property
     def counted(self) -> int:
@@ -228,7 +233,12 @@ class EncodedRow:
     is_chat: bool = False
     findings: tuple[str, ...] = ()
 
-    def examples(self, length: int) -> list[Example]:
+    @property
+    def token_count(self) -> int:
+        """The number of tokens that the model would see together."""
+        return len(self.tokens)
+
+    def examples(self, length: int) -> Sequence[Example]:
         """Return its windows, or the one example that it is cut to."""
         starts = range(0, len(self.tokens), length) if self.is_windowed else (0,)
         parts = (slice(start, start + length) for start in starts)
@@ -251,7 +261,7 @@ class EncodedRows:
 
     def default_length(self, quantile: float = 0.99, step: int = 64, window: int = 512) -> int:
         """Return the length that keeps this share of the rows, in steps, and windows of ``.txt`` files."""
-        lengths = sorted(len(row.tokens) for row in self.rows if row.kind != TEXT_FILE)
+        lengths = sorted(row.token_count for row in self.rows if row.kind != TEXT_FILE)
         needed = math.ceil(lengths[math.ceil(quantile * len(lengths)) - 1] / step) * step if lengths else 0
         return max(needed, window if len(lengths) < len(self.rows) else step)
 
@@ -274,7 +284,7 @@ class EncodedRows:
             places += [row.place] * len(counted)
             if not counted:
                 findings.append((ALL_MASKED, row.place))
-        cut = sum(len(row.tokens) > length and not row.is_windowed for row in self.rows)
+        cut = sum(row.token_count > length and not row.is_windowed for row in self.rows)
         if not examples:
             why = "one token, which follows nothing" if not cut else f"no token that counts among its first {length}"
             raise file_error(name, f"of all of its texts the model sees {why}; take longer texts, or a larger length")
@@ -296,8 +306,20 @@ class EncodedRows:
         )
 
 
-def encode_rows(files: Sequence[DataFile], tokenizer: Tokenizer, options: RowOptions) -> EncodedRows:
-    """Return the tokens of all rows of files, and the mistakes of those that cannot be read."""
+def encode_row(place: str, content: Any, tokenizer: Tokenizer, options: RowOptions, start: list[int]) -> EncodedRow:
+    """Return the tokens of a row; ``start``: the special tokens with which the tokenizer begins each text."""
+    kind, row = convert_row(content, options)
+    return encode_converted_row(place, TEXT_FILE if isinstance(content, str) else kind, row, tokenizer, start)
+
+
+def encode_rows(
+    files: Sequence[DataFile],
+    tokenizer: Tokenizer,
+    options: RowOptions,
+    encode: Callable[..., EncodedRow] = encode_row,
+) -> EncodedRows:
+    """Return the tokens of all rows of files, and the mistakes of those that cannot be read; ``encode`` is as
+    ``encode_row``."""
     start = [token for token in tokenizer.encode("", True) if token != tokenizer.end]
     encoded: list[EncodedRow] = []
     mistakes: list[tuple[str, str]] = []
@@ -307,22 +329,20 @@ def encode_rows(files: Sequence[DataFile], tokenizer: Tokenizer, options: RowOpt
             try:
                 if row.mistake is not None:
                     raise ValueError(row.mistake)
-                encoded.append(_encode_row(place, row.content, tokenizer, options, start))
+                encoded.append(encode(place, row.content, tokenizer, options, start))
             except (ValueError, TypeError) as reason:
                 mistakes.append((place, str(reason)))
     is_one_text = len(files) == 1 and [row.kind for row in encoded] == [TEXT_FILE]
     return EncodedRows(encoded, mistakes, combined_digest(files), is_one_text)
 
 
-def _encode_row(place: str, content: Any, tokenizer: Tokenizer, options: RowOptions, start: list[int]) -> EncodedRow:
-    """Return the tokens of a row; ``start``: the special tokens with which the tokenizer begins each text."""
-    kind, row = convert_row(content, options)
+def encode_converted_row(place: str, kind: str, row: Any, tokenizer: Tokenizer, start: list[int]) -> EncodedRow:
+    """Return the tokens of a plain text, a completion or a conversation; the rest is as for ``encode_row``."""
     end: int | None = None
     findings: tuple[str, ...] = ()
     if isinstance(row, PlainText):
         tokens = _tokens_with_end_token([*tokenizer.encode(row.text, True)], tokenizer)
         counts = [True] * len(tokens)
-        kind = TEXT_FILE if isinstance(content, str) else kind
     elif isinstance(row, Completion):
         tokens, counts, end = _completion_tokens_mask_and_end(row.prompt, row.completion, tokenizer)
         findings = () if tokenizer.end is not None else (NO_END,)

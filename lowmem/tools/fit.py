@@ -6,6 +6,7 @@ import argparse
 from contextlib import nullcontext
 
 from lowmem.finetuning.metrics import LOGS
+from lowmem.finetuning.preferences import DEFAULT_BETA
 from lowmem.finetuning.settings import DECAYS, OPTIMIZERS
 from lowmem.io.filesystem import exclusive_write_lock
 from lowmem.io.hub_names import HubName, is_hub_name
@@ -23,10 +24,10 @@ from lowmem.tools.arguments import (
     parse_positive_int,
 )
 from lowmem.tools.fit_config import take_options_of_config
-from lowmem.tools.fit_data import add_data_arguments
+from lowmem.tools.fit_data import METHODS, add_data_arguments
 from lowmem.tools.fit_job import check_options
 from lowmem.tools.fit_samples import parse_samples
-from lowmem.tools.fit_settings import HELD_OUT_FROM, HELD_OUT_SHARE, MOST_HELD_OUT, WARMUP_RATIO
+from lowmem.tools.fit_settings import DPO_LEARNING_RATE, HELD_OUT_FROM, HELD_OUT_SHARE, MOST_HELD_OUT, WARMUP_RATIO
 from lowmem.tools.hub_arguments import add_revision_argument, fetch_model
 from lowmem.tools.named_models import folder_or_gguf_or_none
 from lowmem.variants import VARIANTS
@@ -63,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lr",
         "--learning-rate",
         type=parse_positive_float,
-        help="learning rate (default: 0.001 for a classifier; for a folder by the rank, 0.0002 for 16)",
+        help="learning rate (default: 0.001 for a classifier; for a folder by the rank, 0.0002 for 16, and "
+        f"{DPO_LEARNING_RATE:g} with --method dpo)",
     )
     parser.add_argument(
         "--rank",
@@ -105,6 +107,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_language_model_arguments(group: argparse._ActionsContainer) -> None:
     """Add the arguments that mean something for folders alone; without them, each is None or False."""
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        help="sft learns texts and answers; dpo learns preferences, of rows with prompt, chosen and rejected, "
+        "against the model before the first step (default sft)",
+    )
+    group.add_argument(
+        "--beta",
+        type=parse_positive_float,
+        metavar="X",
+        help=f"for --method dpo: how strongly the model is held to the one before (default {DEFAULT_BETA:g})",
+    )
     stored = group.add_mutually_exclusive_group()
     stored.add_argument(
         "--bits",

@@ -12,6 +12,7 @@ from typing import Any
 
 from lowmem.errors import file_error, printable_line
 from lowmem.finetuning.data_files import DataFile, check_data_path, is_hub_data_set_name, read_data_files
+from lowmem.finetuning.preferences import DEFAULT_BETA, PREFERENCES_AS_CHAT, encode_preference
 from lowmem.finetuning.row_kinds import COLUMNS, RowOptions
 from lowmem.finetuning.text_examples import (
     ALL_MASKED,
@@ -21,6 +22,7 @@ from lowmem.finetuning.text_examples import (
     Example,
     Texts,
     check_length,
+    encode_row,
     encode_rows,
 )
 from lowmem.io.filesystem import read_text_and_sha256
@@ -35,6 +37,9 @@ from lowmem.tools.chat_arguments import (
 from lowmem.tools.fit_samples import examples_with_prompts
 from lowmem.tools.fit_settings import split_held_out
 from lowmem.tools.output import escaped_and_truncated
+
+METHODS = ("sft", "dpo")
+"""Supervised fine-tuning, and direct preference optimization."""
 
 WINDOW = 512
 """Tokens of the windows of .txt files, unless --length is given."""
@@ -106,11 +111,13 @@ class FitTexts:
         options: how rows were read.
         notes: on the texts, to be printed behind what is said of the model.
         window: the most tokens of a window of .txt files, where it is less than ``length``.
+        beta: of ``--method dpo``; None: of no preferences.
         lengths: of the rows of ``--data`` before they are cut, and of windows of .txt files.
         samples: whose prompts are to be answered.
     """
 
     tokenizer: Any
+    beta: float | None
     paths: tuple[Path, ...]
     length: int
     texts: Texts
@@ -136,9 +143,12 @@ class FitTexts:
     def identity(self) -> dict[str, Any]:
         """Return what decides the tokens of the data, as JSON; None stands for what runs did before there was a
         choice."""
+        are_in_template = not self.texts.kinds.keys().isdisjoint({PROMPTS_AS_CHAT, PREFERENCES_AS_CHAT})
         return {
+            "method": None if self.beta is None else "dpo",
+            "beta": self.beta,
             "columns": dict(self.options.columns) or None,
-            "prompts": "chat" if PROMPTS_AS_CHAT in self.texts.kinds and self.options.prompts_as_chat else None,
+            "prompts": "chat" if are_in_template and self.options.prompts_as_chat else None,
             "chat_template": self.chat.template,
             "window": self.window,
             **self.chat.as_json(),
@@ -162,6 +172,7 @@ def read_fit_texts(
     """
     from lowmem.integrations.transformers.text_tokenizer import TextTokenizer
 
+    _check_method_options(arguments)
     recorded = ChatSettings(date=date.today().isoformat())
     if run is not None:
         recorded = parsed_chat_settings(run, run.get("chat_template"))
@@ -172,6 +183,7 @@ def read_fit_texts(
         system=chat.system,
         prompts_as_chat=arguments.chat_template != NO_TEMPLATE and bool(getattr(tokenizer, "chat_template", None)),
         reserved=text_tokenizer.reserved_texts(),
+        preferences=arguments.method == "dpo",
     )
     rows, mistakes = _encode_data(arguments.data, text_tokenizer, options, arguments.skip_bad_rows)
     length = arguments.length
@@ -185,7 +197,7 @@ def read_fit_texts(
     name = ", ".join(arguments.data)
     texts = rows.texts(length, name, window)
     _check_chat_is_used(arguments, texts)
-    lengths = tuple(len(row.tokens) for row in rows.rows if row.kind != TEXT_FILE)
+    lengths = tuple(row.token_count for row in rows.rows if row.kind != TEXT_FILE)
     lengths = lengths or tuple(len(example.ids) for example in texts.examples)
     text_notes = _text_notes(texts, name, positions)
     if texts.lost_ends > CUT_SHARE * len(texts.ends) and not arguments.cut:
@@ -215,7 +227,9 @@ def read_fit_texts(
         notes += mistakes
     samples = () if arguments.samples is None else examples_with_prompts(samples, arguments.samples)
     paths = tuple(map(Path, arguments.data))
-    return FitTexts(tokenizer, paths, length, texts, held_out, options, chat, tuple(notes), window, lengths, samples)
+    beta = arguments.beta or DEFAULT_BETA if options.preferences else None
+    read = paths, length, texts, held_out, options, chat, tuple(notes), window, lengths, samples
+    return FitTexts(tokenizer, beta, *read)
 
 
 def check_data_options(arguments: argparse.Namespace) -> None:
@@ -225,12 +239,22 @@ def check_data_options(arguments: argparse.Namespace) -> None:
         ValueError: ``--columns`` names a key twice, or a file has another suffix.
         OSError: a file is not here.
     """
+    # Those of the run that goes on are not taken yet
+    if not arguments.resume and arguments.configured_run is None:
+        _check_method_options(arguments)
     _columns(arguments.columns or ())
     for path in (*arguments.data, arguments.eval_data, arguments.samples):
         if path is not None and not isinstance(path, int):
             check_data_path(path)
     if arguments.chat_template not in (None, NO_TEMPLATE):
         read_text_and_sha256(Path(arguments.chat_template))
+
+
+def _check_method_options(arguments: argparse.Namespace) -> None:
+    if arguments.beta is not None and arguments.method != "dpo":
+        raise ValueError(f"--beta={arguments.beta:g} applies to preferences: add --method dpo, or leave it out")
+    if arguments.compare_dense and arguments.method == "dpo":
+        raise ValueError("--compare-dense measures a perplexity, which --method dpo has none of: leave it out")
 
 
 def _columns(pairs: Sequence[tuple[str, str]]) -> Mapping[str, str]:
@@ -250,7 +274,7 @@ def _encode_data(
         FileError: a file cannot be read, or a row has a mistake; where several have, each is printed before.
     """
     files: list[DataFile] = [file for path in paths for file in read_data_files(path)]
-    rows = encode_rows(files, tokenizer, options)
+    rows = encode_rows(files, tokenizer, options, encode_preference if options.preferences else encode_row)
     name = ", ".join(paths)
     if not rows.mistakes:
         return rows, []
@@ -294,7 +318,7 @@ def _overlap_notes(texts: Texts, held_out: Texts) -> list[str]:
         return []
     return [
         f"{len(places):,} of the {len(held_out.examples):,} held-out examples also stand in the part that is "
-        f"trained, so that its perplexity is too low; the first is {places[0]}"
+        f"trained, so that its loss is too low; the first is {places[0]}"
     ]
 
 

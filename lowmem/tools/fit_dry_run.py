@@ -73,7 +73,7 @@ def print_planned_memory(arguments: argparse.Namespace, job: FineTuningJob) -> i
         )
         return 0
     print_memory_plan(displayed_model_name(job.model_path), memory_plan)
-    rows = f"{job.settings.batch_size} rows of {job.length} tokens"
+    rows = f"{job.batch_sequences} rows of {job.length} tokens"
     print(
         f"\nforward and backward, with --memory {job.memory_mode}, of {rows}: measured on at most "
         f"{max(MEASURED_LAYER_COUNTS)} of its layers"
@@ -207,7 +207,7 @@ def _plan_training_steps(
     if job.is_dense:
         check_tensors_fit_config(job.model_path)
     techniques = (*([] if technique is None else [technique]), job.adapter)
-    rows, length = job.settings.batch_size, job.length
+    rows, length = job.batch_sequences, job.length
     targets = torch.zeros(rows * length, dtype=torch.int64, device="cpu")
     batch: dict[str, Any] = {"input_ids": targets.view(rows, length), "use_cache": False}
 

@@ -48,6 +48,7 @@ from lowmem.tools.fit_config import check_digests_of_config
 from lowmem.tools.fit_data import FitTexts, check_data_options, read_fit_texts
 from lowmem.tools.fit_samples import samples_record
 from lowmem.tools.fit_settings import (
+    DPO_LEARNING_RATE,
     WARMUP_RATIO,
     batches_of_default_step,
     is_given,
@@ -107,6 +108,11 @@ class FineTuningJob:
     def held_out(self) -> Texts | None:
         """The texts to evaluate on."""
         return self.data.held_out
+
+    @property
+    def batch_sequences(self) -> int:
+        """The number of sequences that are computed at a time, two for each pair of ``--method dpo``."""
+        return self.settings.batch_size * (1 if self.data.beta is None else 2)
 
     def print_notes(self) -> None:
         """Print the notes to stderr, behind what is said of the model."""
@@ -203,6 +209,7 @@ class FineTuningJob:
             "stopped_early": outcome.stopped,
             "last_loss": outcome.losses[-1],
             "perplexity": {name: finite_or_none(value) for name, value in perplexities.items()},
+            **({"held_out": outcome.held_out_metrics[outcome.step]} if outcome.held_out_metrics else {}),
             # Blocks of the base; None: the format's, or no blocks
             "block_size": getattr(self.technique, "block_size", None),
             **({"samples": samples_record(self.data.samples, self.tokenizer, answers)} if answers else {}),
@@ -294,7 +301,8 @@ def check_arguments_and_make_job(
         gguf.check_exact(model_path, "fine-tune")
     base_notes = _check_and_describe_kept_base(arguments, model_path, technique)
     adapter = _lora_from_arguments(arguments)
-    settings = _fine_tuning_settings(arguments, adapter.rank)
+    lr = DPO_LEARNING_RATE if arguments.method == "dpo" else default_learning_rate(adapter.rank)
+    settings = _fine_tuning_settings(arguments, lr)
 
     # What it says comes again when the model is loaded
     with delayed_transformers_log(replay=False):
@@ -386,10 +394,10 @@ def _check_and_describe_kept_base(
     ]
 
 
-def _fine_tuning_settings(arguments: argparse.Namespace, rank: int) -> FineTuning:
+def _fine_tuning_settings(arguments: argparse.Namespace, default_lr: float) -> FineTuning:
     values: dict[str, Any] = {setting.name: getattr(arguments, setting.name, None) for setting in fields(FineTuning)}
     values = {name: value for name, value in values.items() if value is not None}
-    values.setdefault("lr", default_learning_rate(rank))
+    values.setdefault("lr", default_lr)
     if "warmup" not in values:
         values.setdefault("warmup_ratio", WARMUP_RATIO)
     if values.get("clip") == 0:

@@ -27,6 +27,7 @@ from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.loop import Outcome, Step, finetune
 from lowmem.finetuning.metrics import LOGS, JSONLinesWriter, MetricsWriter, plot_losses, process_peak_bytes_or_none
 from lowmem.finetuning.packed_rows import Rows
+from lowmem.finetuning.preferences import PreferenceRows
 from lowmem.finetuning.process_group import TrainingProcessGroup
 from lowmem.finetuning.text_examples import Texts
 from lowmem.finetuning.training_state import States, forked_rng
@@ -178,7 +179,11 @@ def _run_training_job(arguments: argparse.Namespace, job: FineTuningJob, ranks: 
         # First: a run whose folder is complete is not done again
         if arguments.plot is not None and ranks.rank == 0:
             before = {name: value for name, value in training.perplexities.items() if name != "adapted"}
-            plot_losses(arguments.plot, outcome.losses, outcome.evaluations, before)
+            evaluations = outcome.evaluations
+            if job.data.beta is not None:
+                # As perplexities, whose logarithms are drawn
+                evaluations = [(step, math.exp(min(loss, 700))) for step, loss in evaluations]
+            plot_losses(arguments.plot, outcome.losses, evaluations, before)
         if states is not None:
             if training.model is not None:
                 write_adapter_folder(
@@ -222,7 +227,8 @@ class _LanguageModelTraining:
         self._job, self._ranks, self._print_line = job, ranks, print_line
         self.perplexities: dict[str, float] = dict(saved_facts.get("perplexity", {}))
         self._calling_convention: CallingConvention | None = None
-        known = bool(self.perplexities)
+        # Preferences have none
+        known = bool(self.perplexities) or job.data.beta is not None
         if job.compares_dense and not known:
             self._measure_and_record_perplexity("dense", self._load_base_model(None))
             gc.collect()
@@ -241,7 +247,7 @@ class _LanguageModelTraining:
             self._answer_samples(0)
         saved_facts["answers"] = dict(self.answers)
         self._rows = self._rows_from_texts(job.texts)
-        if not self._rows.calling.isolates_texts and len(job.texts.examples) > 1:
+        if job.data.beta is None and not self._rows.calling.isolates_texts and len(job.texts.examples) > 1:
             rows = job.run_identity_dict()["rows_of_a_step"]
             print_line(
                 "examples are not packed: in this model, those in one row would see each other; a step has "
@@ -271,7 +277,7 @@ class _LanguageModelTraining:
         if self.model is not None:
             release_training(self.model)
             self._answer_samples(outcome.step)
-        if outcome.evaluations:
+        if outcome.evaluations and job.data.beta is None:
             self.perplexities["adapted"] = dict(outcome.evaluations)[outcome.step]
         return outcome
 
@@ -314,6 +320,9 @@ class _LanguageModelTraining:
 
     def _rows_from_texts(self, texts: Texts) -> Rows:
         assert self._calling_convention is not None
+        beta = self._job.data.beta
+        if beta is not None:
+            return PreferenceRows(texts.examples, self._job.length, self._calling_convention, beta)
         return Rows(texts.examples, self._job.length, self._calling_convention)
 
     def _measure_and_record_perplexity(self, name: str, model: nn.Module) -> None:
@@ -375,12 +384,16 @@ class _StepReporter:
         )
         update(completed=step.number, total=step.steps, figures=f"{step.loss:.4f}  {figures}")
         line = {**asdict(step), "perplexity": None if step.perplexity is None else finite_or_none(step.perplexity)}
-        line = {"step": line.pop("number"), **line}
+        line = {"step": line.pop("number"), **line.pop("metrics"), **line}
         for writer in writers:
             writer.write(line | {"tokens_per_second": speed, "peak_bytes": memory, "seconds_left": left})
         every = max(1, step.steps // 10)
-        if step.number % every == 0 or step.number == step.steps or step.perplexity is not None:
+        figured = {name: value for name, value in step.metrics.items() if value is not None}
+        is_evaluated = step.perplexity is not None or "held_out_loss" in figured
+        if step.number % every == 0 or step.number == step.steps or is_evaluated:
             held_out = "" if step.perplexity is None else f"  held-out perplexity {step.perplexity:.4f}"
+            for name, value in figured.items():
+                held_out += f"  {name.replace('held_out_', 'held-out ')} {value:.4f}"
             clock = f"{int(left) // 60}:{int(left) % 60:02} left"
             text = f"step {step.number}/{step.steps}  loss {step.loss:.4f}{held_out}  {figures}  {clock}"
             print(text, file=self._out, flush=True)
@@ -401,6 +414,8 @@ def _print_training_result(arguments: argparse.Namespace, record: dict[str, Any]
     else:
         for name, value in record["perplexity"].items():
             print(f"perplexity of the held-out text, {name}: {math.inf if value is None else value:.4f}")
+        for name, value in record.get("held_out", {}).items():
+            print(f"{name} of the held-out pairs, adapted: {value:.4f}")
         if record["peak_bytes"] is not None:
             print(f"peak memory of the process: {mib_text(record['peak_bytes'])} MiB")
         speed = f"{tokens_per_second_text(record['tokens_per_second'])} tokens a second"

@@ -136,6 +136,7 @@ def _model_card_markdown(job: FineTuningJob, record: dict[str, Any], command: st
             f"Perplexity of the held-out text, {name}": "not finite" if value is None else f"{value:.4f}"
             for name, value in record["perplexity"].items()
         },
+        **{f"Held-out {name}": f"{value:.4f}" for name, value in record.get("held_out", {}).items()},
         "Rank": run["rank"],
         "Learning rate": f"{run['lr']:g}",
         "Examples": run["examples"],

@@ -22,6 +22,9 @@ EXAMPLES_PER_STEP = 8
 WARMUP_RATIO = 0.05
 """Share of the steps over which the learning rate rises."""
 
+DPO_LEARNING_RATE = 5e-6
+"""Learning rate of ``--method dpo`` where none is given, for any rank."""
+
 HELD_OUT_FROM, HELD_OUT_SHARE, MOST_HELD_OUT = 100, 0.05, 200
 """Examples from which on some are held out, the share of those, and how many at most."""
 
@@ -57,7 +60,7 @@ def options_of_run(run: Mapping[str, Any], is_dense: bool) -> dict[str, Any]:
     """
     settings = [field.name for field in fields(FineTuning)]
     names = (*settings, "alpha", "dropout", "rank", "memory", "length", "system", "template_kwargs")
-    names += ("keep", "samples")
+    names += ("keep", "samples", "method", "beta")
     options = {name: run.get(name) for name in names}
     options |= {"target": run.get("targets") or None, "rslora": run.get("rank_stabilized")}
     if "clip" in run:
@@ -130,9 +133,12 @@ def split_held_out(
 
 def batches_of_default_step(texts: Texts, process_count: int) -> tuple[int, int]:
     """Return ``batch_size`` and ``accumulate`` of steps with about ``EXAMPLES_PER_STEP`` of the texts, packed."""
-    row_count = len(pack_into_rows([len(example.ids) for example in texts.examples], texts.length))
+    # A pair is a row, and two sequences
+    sequences, row_count = len(texts.examples[0].sequences), len(texts.examples)
+    if sequences == 1:
+        row_count = len(pack_into_rows([len(example.ids) for example in texts.examples], texts.length))
     rows = EXAMPLES_PER_STEP * row_count / len(texts.examples) / process_count
     # A power of two, which --batch-size and memory divide
     power = 2 ** max(0, round(math.log2(rows)))
-    batch_size = min(FineTuning.batch_size, power)
+    batch_size = min(FineTuning.batch_size // sequences, power)
     return batch_size, power // batch_size

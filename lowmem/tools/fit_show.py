@@ -38,7 +38,11 @@ def print_examples(arguments: argparse.Namespace, model_path: Path) -> int:
         data = read_fit_texts(arguments, read_tokenizer(model_path, vocabulary), positions, run)
     for note in data.notes:
         print(f"lowmem fit: {note}", file=sys.stderr)
-    shown = [*zip(data.texts.examples, data.texts.places, strict=True)][: arguments.show]
+    shown = [
+        (sequence, place + name)
+        for example, place in [*zip(data.texts.examples, data.texts.places, strict=True)][: arguments.show]
+        for name, sequence in example.sequences.items()
+    ]
     lengths = _length_quantiles(data)
     if arguments.json:
         examples = [

@@ -156,7 +156,7 @@ def test_what_is_wrong_with_rows_is_said_with_the_first_row(place, capsys):
         "no special token ends the answer, so that the model does not learn to stop: 3 rows of a.jsonl, the first is "
         "line 1",
         "1 examples of a.jsonl are left out, since nothing that counts is left; the first is line 3",
-        "1 of the 2 held-out examples also stand in the part that is trained, so that its perplexity is too low; the "
+        "1 of the 2 held-out examples also stand in the part that is trained, so that its loss is too low; the "
         "first is line 2",
     ):
         assert f"lowmem fit: {line}\n" in told
@@ -293,3 +293,35 @@ def test_names_of_files_that_are_missing_are_no_names_of_the_hub(place, refused)
     for name in ("missing.jsonl", "a/missing.csv", "./a/b", "a/b/c"):
         told = refused("fit", "llama", "--data", name, "--show", "1")
         assert "cannot read" in told, told
+
+
+PAIRS = [{"prompt": f"{n} and {n} is ", "chosen": f"{2 * n}", "rejected": f"{2 * n}, or so"} for n in range(12)]
+
+
+def test_preferences_need_their_method_and_the_method_needs_them(place, refused):
+    write_lines("pairs.jsonl", PAIRS)
+    write_lines("other.jsonl", [{"question": "q", "preferred": "a", "rejected": "b"}])
+    argv = ["fit", "llama", "--data"]
+    assert "preferences are trained with --method dpo" in refused(*argv, "pairs.jsonl")
+    assert "preferences are trained with --method dpo" in refused(*argv, "other.jsonl")
+    told = refused(*argv, "other.jsonl", "--method", "dpo")
+    assert "name its columns with --columns prompt=question chosen=preferred rejected=rejected" in told
+    told = refused(*argv, "data.jsonl", "--method", "dpo")
+    assert "--method dpo takes prompt, chosen and rejected: give it these, or leave --method out" in told
+    told = refused(*argv, "text.txt", "--method", "dpo")
+    assert "it is a text, and --method dpo takes prompt, chosen and rejected: leave --method out" in told
+    for options in (["--beta", "0.1"], ["--beta", "0.1", "--method", "sft"]):
+        told = refused(*argv, "pairs.jsonl", *options)
+        assert "--beta=0.1 applies to preferences: add --method dpo, or leave it out" in told
+    told = refused(*argv, "pairs.jsonl", "--method", "dpo", "--compare-dense")
+    assert "--compare-dense measures a perplexity, which --method dpo has none of: leave it out" in told
+
+
+def test_both_answers_of_preferences_are_shown(place, shown):
+    write_lines("pairs.jsonl", [{"q": "1 and 1", "chosen": "2", "no": "2, or so"}])
+    columns = ["--columns", "prompt=q", "chosen=chosen", "rejected=no"]
+    text, learned, found = shown("--data", "pairs.jsonl", "--method", "dpo", "--system", "be brief", *columns)
+    assert (text, learned) == ("<system>be brief;<user>1 and 1;<assistant>2;", "2;")
+    chosen, rejected = found["examples"]
+    assert (chosen["place"], rejected["place"]) == ("line 1, chosen", "line 1, rejected")
+    assert rejected["pieces"][-1] == ["2, or so;", True]

@@ -314,3 +314,87 @@ def test_steps_in_a_dtype_that_slows_torch_compute_attention_in_float32(dry_run,
         argv = ["fit", folder, "--data", "data.jsonl", "--length", "48", "--steps", "1", *["--dry-run"] * dry_run]
         assert main(argv) == 0
         assert any(calls) == (folder == "float16")
+
+
+PAIRS = [{"prompt": f"{n} and {n} is ", "chosen": f"{2 * n}", "rejected": f"{2 * n}, or {n}"} for n in range(24)]
+
+
+def test_preferences_are_learned_and_go_on_to_the_byte(place, capsys, monkeypatch):
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    options = ["--method", "dpo", "--eval-share", "0.25", "--eval-every", "2", "--save-every", "1", "--steps", "6"]
+
+    def run(out, *more):
+        return fit(capsys, *options, "--save", out, "--metrics", f"{out}.jsonl", *more, data="pairs.jsonl")
+
+    found, told = run("whole", "--plot", "whole.svg")
+    with monkeypatch.context() as patch:
+        step = loop._FineTuningRun._train_step
+
+        def ending(self, number):
+            step(self, number)
+            if number == 3:
+                raise Killed
+
+        patch.setattr(loop._FineTuningRun, "_train_step", ending)
+        with pytest.raises(Killed):
+            run("parts")
+    argv = [
+        "fit",
+        "llama",
+        "--data",
+        "pairs.jsonl",
+        "--save",
+        "parts",
+        "--metrics",
+        "parts.jsonl",
+        "--resume",
+        "--json",
+    ]
+    argv += ["--eval-share", "0.25"]
+    assert main(argv) == 0
+    resumed = json.loads(capsys.readouterr().out)
+    names = ["adapter_model.safetensors", "training.json", "adapter_config.json"]
+    assert [Path("parts", name).read_bytes() for name in names] == [
+        Path("whole", name).read_bytes() for name in names
+    ]
+    assert (found["run"]["method"], found["run"]["beta"], found["perplexity"]) == ("dpo", 0.1, {})
+    assert found["losses"] == resumed["losses"]
+    assert found["losses"][0] == pytest.approx(0.6931472, abs=1e-3)
+    assert found["held_out"]["accuracy"] == 1.0
+    lines, others = (
+        [json.loads(line) for line in Path(f"{out}.jsonl").read_text().splitlines()] for out in ("whole", "parts")
+    )
+    names = ["loss", "accuracy", "margin", "held_out_loss", "held_out_accuracy", "held_out_margin"]
+    assert [[line[name] for name in names] for line in lines] == [[line[name] for name in names] for line in others]
+    assert [line["perplexity"] for line in lines] == [None] * 6
+    assert {name: lines[-1][f"held_out_{name}"] for name in found["held_out"]} == found["held_out"]
+    assert re.search(
+        r"step 6/6  loss [\d.]+  accuracy [\d.]+  margin [\d.]+  held-out loss [\d.]+  held-out acc", told
+    )
+    assert "| Held-out accuracy | 1.0000 |" in Path("whole", "README.md").read_text()
+    assert "examples are not packed" not in told
+
+
+def test_preferences_have_settings_of_their_own(place, capsys):
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    options = ["--data", "pairs.jsonl", "--method", "dpo", "--beta", "0.3", "--log", "csv"]
+    assert main(["fit", "llama", *options, "--save", "out", "--json"]) == 0
+    run = json.loads(capsys.readouterr().out)["run"]
+    assert [run[name] for name in ("lr", "beta", "batch_size", "accumulate")] == [5e-6, 0.3, 2, 4]
+    assert main(["fit", "llama", *options[:2], "--config", "out/training.json", "--save", "again", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)["run"]
+    assert [again[name] for name in ("method", "beta", "lr")] == ["dpo", 0.3, 5e-6]
+    names = Path("out.log", "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"accuracy", "margin", "held_out_loss"} < set(names)
+    assert main(["fit", "llama", *options[:6], "--dry-run"]) == 0
+    assert "of 4 rows of" in capsys.readouterr().out
+
+
+def test_the_reference_of_a_run_from_an_adapter_is_that_adapter(place, capsys):
+    fit(capsys, "--steps", "20", "--save", "out")
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    options = ["--data", "pairs.jsonl", "--method", "dpo", "--from", "out", "--steps", "1", "--eval-share", "0.5"]
+    assert main(["fit", "llama", *options, "--lr", "1e-12", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["losses"] == [pytest.approx(0.6931472, abs=1e-3)]
+    assert found["held_out"]["loss"] == pytest.approx(0.6931472, abs=1e-4)
