@@ -73,17 +73,17 @@ class Outcome:
         losses: of each step, as in ``Step``.
         evaluations: pairs of a number of completed steps and the perplexity of the held-out text after them, or the
             loss of held-out preferences.
-        held_out_metrics: of preferences, ``loss``, ``accuracy`` and ``margin`` by the number of completed steps.
         step: number of steps after which the final model was taken: those of the best evaluation with ``patience``,
             else all.
         stopped: whether the run was stopped early.
+        held_out_metrics: of preferences, ``loss``, ``accuracy`` and ``margin`` by the number of completed steps.
     """
 
     losses: list[float] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
-    held_out_metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     step: int = 0
     stopped: bool = False
+    held_out_metrics: dict[int, dict[str, float]] = field(default_factory=dict)
 
     @property
     def best(self) -> tuple[int, float]:

@@ -25,7 +25,7 @@ def test_options_of_folders_mean_nothing_for_classifiers(refused, monkeypatch):
     given |= dict.fromkeys(("skip_dense", "compare_dense", "rslora", "resume", "shard", "replicate", "cut"), "")
     given |= dict.fromkeys(("keep_base", "anyway"), "")
     given |= {"metrics": "a.jsonl", "eval_share": "0.1"}
-    given |= {"clip": "0", "warmup": "0"}  # which are no defaults
+    given |= {"clip": "0", "warmup": "0", "method": "dpo"}  # which are no defaults
     given |= {"log": "csv", "dropout": "0.5", "columns": "prompt=q", "template_kwargs": "{}", "skip_bad_rows": ""}
     parser = argparse.ArgumentParser()
     fit.add_language_model_arguments(parser)
