@@ -8,9 +8,10 @@ It writes a model with random weights, since speed does not depend on their valu
 GGUF file with the same codes and scales. transformers and bitsandbytes read the bfloat16 weights that both were made
 from. The exit code is 1 if the logits of llama.cpp and lowmem differ by more than rounding.
 
-Columns: tokens a second of decoding after a prompt of 256 tokens, by calling the model and through ``generate``, of
-the prompt itself, and of 16 sequences at once; then MiB, resident after decoding one sequence and at most until then,
-beyond a process that has done the same with a tiny model. Pages of mapped files count, libraries do not.
+Columns: tokens a second of decoding after a prompt of 256 tokens, by calling the model, through ``generate`` with the
+row's cache, and through ``generate`` with no cache named; of the prompt itself, and of 16 sequences at once; then
+MiB, resident after decoding one sequence and at most until then, beyond a process that has done the same with a tiny
+model. Pages of mapped files count, libraries do not.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ SHAPES = {"smollm2": (576, 30, 9, 3, 1536), "large": (2048, 16, 32, 8, 5632), "t
 PROMPT, TOKENS, SEQUENCES = 256, 64, 16
 PACKAGES = {"bitsandbytes": "bitsandbytes", "llama.cpp": "llama_cpp_py_sync"}
 ROUNDING = 0.2  # of the logits' norm: llama.cpp rounds the inputs of products to 8 bits, which gives 0.07
-FIGURES = ("decode", "generate", "prefill", "sequences", "kept", "peak")
+FIGURES = ("decode", "generate", "default", "prefill", "sequences", "kept", "peak")
 
 
 def make(folder: Path, shape: str) -> None:
@@ -117,8 +118,9 @@ class Transformers:
         """Compute the next token of each sequence."""
         self._compute(torch.tensor(self.likeliest)[:, None])
 
-    def generate(self, count: int) -> Any:
-        given = {"attention_mask": torch.ones_like(self.prompt), "cache": self._new_cache()}
+    def generate(self, count: int, names_cache: bool = True) -> Any:
+        given = {"attention_mask": torch.ones_like(self.prompt)}
+        given |= {"cache": self._new_cache()} if names_cache else {}
         return self.model.generate(self.prompt, **given, max_new_tokens=count, do_sample=False)
 
     def _compute(self, tokens: torch.Tensor) -> None:
@@ -209,8 +211,9 @@ def work(model: Any, tokens: int, logits: Path, before: int = 0) -> dict[str, fl
     found["decode"] = tokens / seconds(model.step, count=tokens)
     found["kept"], found["peak"] = (_mib(_status(name) - before) for name in ("VmRSS", "VmHWM"))
     if hasattr(model, "generate"):
-        once = seconds(model.generate, 1)
-        found["generate"] = (tokens - 1) / (seconds(model.generate, tokens) - once)
+        for figure, names_cache in (("generate", True), ("default", False)):
+            once = seconds(model.generate, 1, names_cache)
+            found[figure] = (tokens - 1) / (seconds(model.generate, tokens, names_cache) - once)
     model.start(SEQUENCES)
     model.step()
     found["sequences"] = SEQUENCES * (tokens // 2) / seconds(model.step, count=tokens // 2)
@@ -226,7 +229,7 @@ def measure_apart(row: str, folder: Path, threads: int) -> dict[str, float | Non
 
 def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Return the lines of a table of medians."""
-    names = ("decode", "`generate`", "prefill", f"{SEQUENCES} sequences", "MiB", "peak MiB")
+    names = ("decode", "`generate`", "no cache named", "prefill", f"{SEQUENCES} sequences", "MiB", "peak MiB")
     lines = [f"| | {' | '.join(names)} |", f"| :-- {'| --: ' * len(names)}|"]
     for row, runs in found.items():
         medians = (statistics.median(run[name] for run in runs) if runs[0][name] else None for name in FIGURES)

@@ -58,10 +58,11 @@ def prepare_inference(model: M) -> M:
 
     RMS norms and gated MLPs whose layers store their weights are recognized by what they compute, and are computed by
     the kernel in C. In a model of transformers a whole block (norm, attention and its projections, norm, gated MLP
-    and both sums) is one call, if trial runs with random tokens show that it computes just that; the cache that
-    ``generate`` or the model are given may be any, and ``lowmem.KeyValueCache`` lets the attention be part of the
-    call. Outputs differ from before by rounding errors only. Modules stay where they are: one that has hooks or an
-    adapter, or was replaced, is called as before, and so is everything in training and on other devices than CPUs.
+    and both sums) is one call, if trial runs with random tokens show that it computes just that. Keys and values grow
+    in place: the model gets a forward pre-hook, which replaces empty layers of the ``DynamicCache`` that ``generate``
+    makes. Other caches are used as before. Outputs differ from before by rounding errors only. Modules stay where
+    they are: one that has hooks or an adapter, or was replaced, is called as before, and so is everything in training
+    and on other devices than CPUs.
 
     Blocks compute what transformers' attention functions ``"sdpa"`` and ``"eager"`` and lowmem's own do. With another
     one, also one that is registered anew under these names, they run as before. For blocks that are left,
@@ -99,7 +100,7 @@ def prepare_inference(model: M) -> M:
         else unsupported_layer_reason_or_none(item, gated_mlp_layers(item, how)) or NativeGatedMLP(item, how)
         for item, how in parts.items()
     }
-    others = iterate_integrations_or_warn(model, "blocks stay as they are", "Norms and MLPs are prepared")
+    others = list(iterate_integrations_or_warn(model, "blocks stay as they are", "Norms and MLPs are prepared"))
     blocks = chain.from_iterable(item.find_blocks(model, parts).items() for item in others)
     reasons = _LEFT[model] = {}
     try:
@@ -109,6 +110,8 @@ def prepare_inference(model: M) -> M:
                 reasons[item] = call
             else:
                 prepend_prepared_class(item, InferenceModule, in_one_call=call)
+        for owner, hook in filter(None, (item.in_place_cache_hook_or_none(model) for item in others)):
+            _HOOKS[owner] = hook, owner.register_forward_pre_hook(hook, with_kwargs=True)
     except BaseException:
         release_inference(model)
         raise
@@ -127,6 +130,8 @@ def release_inference(model: M) -> M:
     check_is_module(model)
     release_prepared_modules(model, InferenceModule.released_by)
     _LEFT.pop(model, None)
+    for hook_and_handle in filter(None, [_HOOKS.pop(module, None) for module in model.modules()]):
+        hook_and_handle[1].remove()
     return model
 
 
@@ -135,6 +140,7 @@ def inference_report(model: nn.Module) -> dict[str, str]:
 
     Of modules that were left as they are, those that look like RMS norms, gated MLPs or blocks are listed. A prepared
     module is called as before on other devices than CPUs, and where a module inside it has hooks; its text says so.
+    The text of a model of transformers says in which ways of generating keys and values grow in place.
 
     Raises:
         TypeError: the model is not a module.
@@ -142,7 +148,10 @@ def inference_report(model: nn.Module) -> dict[str, str]:
     check_is_module(model)
     reasons, report = _LEFT.get(model, {}), {}
     for module, paths in all_paths_by_module(model).items():
-        if isinstance(module, InferenceModule):
+        if module in _HOOKS:
+            left = f"as before: {reasons[module]}; " if module in reasons else ""
+            report[paths[0]] = f"{left}{_HOOKS[module][0]}"
+        elif isinstance(module, InferenceModule):
             device = module.non_cpu_device_or_none(model)
             text = str(module.in_one_call if device is None else f"as before on {device}: C computes on CPUs")
             observed = any(
@@ -156,3 +165,5 @@ def inference_report(model: nn.Module) -> dict[str, str]:
 
 # Models: why modules were left
 _LEFT: WeakKeyDictionary[nn.Module, dict[nn.Module, str]] = WeakKeyDictionary()
+# Models of libraries: their forward pre-hook, whose str() is reported, and its handle
+_HOOKS: WeakKeyDictionary[nn.Module, tuple[Any, Any]] = WeakKeyDictionary()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +50,9 @@ class CachedStates:
         ValueError: other ``bits``, or a window below 1.
     """
 
+    # With True, exact states are added to a copy while torch records gradients
+    _keeps_gradients = False
+
     def __init__(self, bits: int | None = None, window: int | None = None) -> None:
         if not is_one_of(bits, (None, 8)):
             raise ValueError(f"bits={short_repr(bits)} must be 8, or None to keep keys and values as they are")
@@ -63,6 +67,8 @@ class CachedStates:
         self._buffer: Tensor | None = None
         # Row of the room that is kept
         self._first = 0
+        # Rows of the room up to this one may be read elsewhere, and are not written to
+        self._read_end = 0
         self._width, self._dtype = 0, torch.float32  # of the states
 
     @property
@@ -73,6 +79,19 @@ class CachedStates:
     @property
     def rows(self) -> Tensor | None:
         """(batch, heads, tokens, width); in 8 bits int8 (batch, heads, tokens, bytes of codes and scale)."""
+        self._read_end = max(self._read_end, self._first + self.count)
+        return self._kept_rows
+
+    @contextmanager
+    def _read_by_owner(self) -> Iterator[None]:
+        """What reads ``rows`` or ``states`` in this context keeps none of them: they may be written to later."""
+        buffer, end = self._buffer, self._read_end
+        yield
+        if self._buffer is buffer:
+            self._read_end = end
+
+    @property
+    def _kept_rows(self) -> Tensor | None:
         return None if self._buffer is None else self._buffer[:, :, self._first : self._first + self.count]
 
     @property
@@ -94,7 +113,9 @@ class CachedStates:
         else:
             rows = states.rows if isinstance(states, EightBitStates) else states
             start = None if self._buffer is None else _row_offset_in_buffer_or_none(rows, self._buffer)
-            self._buffer, self._first = (rows, 0) if start is None else (self._buffer, start)
+            if start is None:
+                self._buffer, start, self._read_end = rows, 0, rows.shape[2]
+            self._first = start
             self.count, self._width, self._dtype = rows.shape[2], states.shape[3], states.dtype
         self.length = self.count if self.window is None else length
 
@@ -111,13 +132,18 @@ class CachedStates:
         """
         self.check(states)
         new, width, count = *states.shape[2:], self.count
-        buffer = self._grow_buffer_to_fit(states.shape, states)
-        self._width, self._dtype = width, states.dtype
-        rows = buffer[:, :, self._first : self._first + count + new]
-        if self.bits is None:
-            rows[:, :, count:].copy_(states.detach())
+        if self._keeps_gradients and self.bits is None and torch.is_grad_enabled():
+            # Nothing is written to the memory that a graph reads
+            rows = states if self._kept_rows is None else torch.cat([self._kept_rows, states], 2)
+            self._buffer, self._first, self._read_end = rows, 0, count + new
         else:
-            backend_of(states).encode_states(states.detach(), _codes_and_scales(rows[:, :, count:], width))
+            buffer = self._grow_buffer_to_fit(states.shape, states)
+            rows = buffer[:, :, self._first : self._first + count + new]
+            if self.bits is None:
+                rows[:, :, count:].copy_(states.detach())
+            else:
+                backend_of(states).encode_states(states.detach(), _codes_and_scales(rows[:, :, count:], width))
+        self._width, self._dtype = width, rows.dtype if self.bits is None else states.dtype
         self.grow(new, forget)
         if not count:
             return states
@@ -147,8 +173,17 @@ class CachedStates:
 
     def select(self, sequences: Tensor) -> None:
         """Keep the sequences of these indices, int64 (sequences,), in their order: those of a step's beams."""
-        if self.states is not None:
-            self.states = self.states.index_select(0, sequences)
+        rows, buffer = self._kept_rows, self._buffer
+        if rows is None or buffer is None:
+            return
+        is_same_count, is_read = len(sequences) == len(rows), self._first < self._read_end
+        if is_same_count and not (is_read or buffer.requires_grad or self._is_other_mode(buffer)):
+            places = torch.arange(len(rows), dtype=torch.int64, device=rows.device)
+            changed = (sequences.to(rows.device) != places).nonzero().squeeze(1)
+            rows.index_copy_(0, changed, rows.index_select(0, sequences.to(rows.device)[changed]))
+        else:
+            selected = rows.index_select(0, sequences.to(rows.device))
+            self._move_to_buffer(buffer.new_empty(len(selected), *buffer.shape[1:]), selected)
 
     def places(self, shape: Sequence[int], like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
         """Return where C writes the states (batch, heads, new, width) of new tokens, before ``grow``; where it reads
@@ -184,7 +219,7 @@ class CachedStates:
         rows, buffer = cache_capacity_rows(self.length, self.window), self._buffer
         # A long prompt's
         if buffer is not None and buffer.shape[2] > rows:
-            self._move_to_buffer(buffer.new_empty(*buffer.shape[:2], rows, buffer.shape[3]))
+            self._move_to_buffer(buffer.new_empty(*buffer.shape[:2], rows, buffer.shape[3]), self._kept_rows)
 
     def _expired_row_count(self, cached_rows: int) -> int:
         """Return how many of the rows that are kept the next token does not see."""
@@ -194,23 +229,39 @@ class CachedStates:
         """Whether states (batch, heads, rows, width) are as wide as the kept ones, and of as many."""
         return (*buffer.shape[:2], self._width) == (*states_shape[:2], states_shape[3])
 
+    @staticmethod
+    def _is_other_mode(buffer: Tensor) -> bool:
+        """Whether a room was made in inference mode, outside of which it cannot be written to."""
+        return buffer.is_inference() and not torch.is_inference_mode_enabled()
+
     def _grow_buffer_to_fit(self, new_states_shape: Sequence[int], like: Tensor) -> Tensor:
         """Return the room, with rows for states (batch, heads, rows, width) behind the kept ones."""
         (batch, heads, new, width), buffer = new_states_shape, self._buffer
         total = self.count + new
-        is_other = buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled()
-        if buffer is None or self._first + total > buffer.shape[2] or buffer.stride(3) != 1 or is_other:
+        end = self._first + self.count
+        dtype = torch.int8 if self.bits is not None else like.dtype
+        if buffer is not None and buffer.dtype is not dtype:
+            dtype = torch.promote_types(buffer.dtype, dtype)
+        if (
+            buffer is None
+            or end + new > buffer.shape[2]
+            or end < self._read_end
+            or buffer.dtype is not dtype
+            or buffer.stride(3) != 1
+            or buffer.requires_grad
+            or self._is_other_mode(buffer)
+        ):
             rows = max(cache_capacity_rows(total), cache_capacity_rows(self.length + new, self.window))
             coded = -(-width // _SCALE) * _SCALE + _SCALE
-            row, dtype = (width, like.dtype) if self.bits is None else (coded, torch.int8)
-            buffer = self._move_to_buffer(like.new_empty(batch, heads, rows, row, dtype=dtype))
+            row = width if self.bits is None else coded
+            buffer = self._move_to_buffer(like.new_empty(batch, heads, rows, row, dtype=dtype), self._kept_rows)
         return buffer
 
-    def _move_to_buffer(self, buffer: Tensor) -> Tensor:
-        """Take another room, with the kept rows at its front."""
-        if self.rows is not None:
-            buffer[:, :, : self.count] = self.rows
-        self._buffer, self._first = buffer, 0
+    def _move_to_buffer(self, buffer: Tensor, rows: Tensor | None) -> Tensor:
+        """Take another room, with rows at its front."""
+        if rows is not None:
+            buffer[:, :, : self.count] = rows
+        self._buffer, self._first, self._read_end = buffer, 0, 0
         return buffer
 
 

@@ -13,7 +13,6 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from lowmem.finetuning.metrics import process_peak_bytes_or_none
 from lowmem.inference.prepare_inference import prepare_inference
-from lowmem.inference.transformer_block import NativeBlock
 from lowmem.io.hub_names import displayed_model_name
 from lowmem.io.remote_code import has_trust_remote_code_in_text
 from lowmem.io.training_record import RECORD_FILE
@@ -183,8 +182,6 @@ class _TextGenerator:
             }
         self._name = arguments.model
         self._cache_bits = arguments.cache_bits
-        blocks = any(isinstance(getattr(item, "in_one_call", None), NativeBlock) for item in model.modules())
-        self._keeps = blocks or self._cache_bits is not None
         if tokenizer.pad_token_id is None:
             self._options["pad_token_id"] = end_token_ids[0] if end_token_ids else None
 
@@ -201,7 +198,7 @@ class _TextGenerator:
         from lowmem.integrations.transformers.text_generation import TokenCountingStreamer
 
         streamer = TokenCountingStreamer(self._tokenizer)
-        if self._keeps:
+        if self._cache_bits is not None:
             from lowmem.integrations.transformers import KeyValueCache
 
             self._options["cache"] = KeyValueCache(self._model, self._cache_bits)

@@ -25,7 +25,8 @@ from lowmem.transforms.peft_models import register_global_peft_check_hook
 INTEGRATIONS = MappingProxyType({"transformers": "lowmem.integrations.transformers"})
 """Library that saves models in a way of its own -> the module that makes it save converted ones. Without that, what
 ``save_pretrained`` wrote could not be loaded again. Its ``adopt(model)`` is called with each changed model, and its
-``cached_bytes(model, sequences, tokens, bits)`` with one whose cache is planned."""
+``cached_bytes(model, sequences, tokens, bits)`` with one whose cache is planned. ``prepare_inference`` calls its
+``find_blocks(model, parts)`` and ``in_place_cache_hook_or_none(model)``."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

@@ -181,6 +181,79 @@ def test_older_tokens_stay_until_they_are_forgotten():
     assert (cached.rows.shape[2], cached.nbytes) == (4, 2 * 3 * 64 * 6 * 4)
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+def test_rows_that_were_read_are_not_written_to(bits):
+    """After tokens are removed, or sequences select each other."""
+    cached = CachedStates(bits)
+    cached.append(new(8))
+    for change in (lambda: cached.crop(3), lambda: cached.select(torch.tensor([1, 0])), lambda: cached.crop(2)):
+        read = cached.states
+        before = read + 0
+        change()
+        cached.append(new(4, 1))
+        assert torch.equal(read + 0, before)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_users_states_are_not_written_to(bits):
+    given = CachedStates(bits)
+    given.append(new(8))
+    states = given.states
+    before = states + 0
+    cached = CachedStates(bits)
+    cached.states = states
+    cached.crop(3)
+    cached.append(new(2, 1))
+    cached.states = states
+    cached.select(torch.tensor([1, 0]))
+    assert torch.equal(states + 0, before)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 0, 2], [2, 2, 0], [1, 2, 0]])
+def test_as_many_sequences_are_selected_in_place(bits, order):
+    cached = CachedStates(bits)
+    cached.append(new(8, batch=3))
+    cached.append(new(1, 1, batch=3))
+    before, place = copy.deepcopy(cached).states + 0, cached._buffer.data_ptr()
+    cached.select(torch.tensor(order))
+    cached.append(new(1, 2, batch=3))
+    assert cached._buffer.data_ptr() == place
+    assert torch.equal(cached.states[:, :, :-1] + 0, before[order])
+
+
+@pytest.mark.parametrize("first", [torch.bfloat16, torch.float32])
+def test_states_of_two_dtypes_are_kept_in_the_wider_one(first):
+    second = torch.bfloat16 if first is torch.float32 else torch.float32
+    cached, states = CachedStates(), (new(3, dtype=first), new(2, 1, dtype=second))
+    got = [cached.append(item) for item in states][-1]
+    assert torch.equal(got, torch.cat(states, 2))
+    assert cached.append(new(1, 2, dtype=second)).dtype is torch.float32
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_gradients_are_those_of_concatenated_states_where_they_are_kept(window):
+    """Memory that a graph reads is not written to: backward would raise an error."""
+
+    def squares(keeps):
+        cached, whole, leaves, total = CachedStates(window=window), new(0), [], torch.zeros(())
+        cached._keeps_gradients = True
+        for seed, is_enabled in enumerate((False, True, True, False, True)):
+            leaf = new(2, seed).requires_grad_()
+            leaves.append(leaf)
+            with torch.set_grad_enabled(is_enabled):
+                seen = whole if window is None else whole[:, :, max(whole.shape[2] - window + 1, 0) :]
+                whole = torch.cat([whole, leaf], 2)
+                got = cached.append(leaf) if keeps else torch.cat([seen, leaf], 2)
+                total = total + got.square().sum()
+        total.backward()
+        return [leaf.grad for leaf in leaves]
+
+    for got, expected in zip(squares(True), squares(False), strict=True):
+        assert (got is None) == (expected is None)
+        assert got is None or torch.equal(got, expected)
+
+
 def test_no_gradients_are_kept():
     cached, states = CachedStates(), new(3).requires_grad_()
     assert cached.append(states) is states

@@ -27,6 +27,9 @@ from lowmem.integrations.transformers.attention_interface import ATTENTION
 from lowmem.integrations.transformers.block_recognition import find_blocks
 from lowmem.integrations.transformers.foreign_checkpoint import from_exact
 from lowmem.integrations.transformers.key_value_cache import KeyValueCache, cached_bytes
+from lowmem.integrations.transformers.key_value_cache import (
+    in_place_cache_hook_or_none as in_place_cache_hook_or_none,
+)
 from lowmem.integrations.transformers.quantization_config import METHOD, LowmemConfig
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer, adopt
 from lowmem.integrations.transformers.text_tokenizer import TextTokenizer

@@ -19,6 +19,9 @@ from lowmem.nn.dot_product_attention import (
 ATTENTION = "lowmem"
 """What ``model.set_attn_implementation`` takes to let this module's attention serve a model."""
 
+SERVED_ATTENTION = "sdpa", "eager", ATTENTION
+"""Names of attention functions that compute what blocks compute, and read states that are not contiguous."""
+
 # Arguments that change the result
 RESULT_CHANGING_ARGUMENTS = "position_bias", "s_aux", "output_attentions"
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
@@ -25,6 +25,7 @@ from lowmem.inference.transformer_block import AttentionProjection, BlockSpec, N
 from lowmem.integrations.transformers.attention_interface import (
     ATTENTION,
     RESULT_CHANGING_ARGUMENTS,
+    SERVED_ATTENTION,
     lowmem_attention_forward,
 )
 from lowmem.integrations.transformers.key_value_cache import InPlaceCacheLayer, KeyValueCache
@@ -35,8 +36,6 @@ from lowmem.transforms.calibration.model_runs import evaluation_without_gradient
 
 # An attention function that records its arguments
 _TRIAL = "lowmem_trial"
-# Names of attention functions that compute what blocks compute
-_SERVED = "sdpa", "eager", ATTENTION
 _MASKS = sdpa_mask, eager_mask
 # The function of a model's file that serves "eager", unless one is registered
 _EAGER = "eager_attention_forward"
@@ -98,7 +97,7 @@ def find_blocks(model: nn.Module, recognized_modules: _RecognizedModules) -> dic
     if owner.device.type != "cpu":
         return {owner: f"it is on {owner.device}, where blocks are called as before"}
     before = config._attn_implementation
-    if before not in _SERVED:
+    if before not in SERVED_ATTENTION:
         return {owner: f"its attention is {before!r}: set_attn_implementation({ATTENTION!r}), and prepare it again"}
     rooms = lru_cache(maxsize=8)(lambda thread, numbers, dtype: torch.empty(numbers, dtype=dtype, device="cpu"))
     implementations = _attn_implementation_by_config(owner.config)
@@ -285,7 +284,7 @@ def _supported_attention_predicate(module: Any, caller_globals: dict[str, Any]) 
     def is_attention_supported() -> bool:
         name = module.config._attn_implementation
         functions = [caller_globals[item].get(name, caller_globals.get(_EAGER)) for item in interfaces]
-        is_supported = name in _SERVED and bool(functions) and all(item in known for item in functions)
+        is_supported = name in SERVED_ATTENTION and bool(functions) and all(item in known for item in functions)
         return is_supported and ALL_MASK_ATTENTION_FUNCTIONS.get(name) in _MASKS
 
     return is_attention_supported
@@ -392,7 +391,7 @@ def _attention_spec_fields_or_reason(module: Any, calls: _ModuleCalls, norms: _N
 
     def lowmem_cache_layer_or_none(cache: Any) -> InPlaceCacheLayer | None:
         """Return the module's layer of a cache if it is one of lowmem's."""
-        layers = cache.layers[index : index + 1] if isinstance(cache, KeyValueCache) else ()
+        layers = cache.layers[index : index + 1] if type(cache) in (DynamicCache, KeyValueCache) else ()
         return next((item for item in layers if isinstance(item, InPlaceCacheLayer)), None)
 
     how = {

@@ -121,6 +121,10 @@ def near(got, expected, dtype=torch.float32):
     return float((got - expected).abs().max()) <= 200 * torch.finfo(dtype).eps * float(expected.abs().max())
 
 
+class OtherCache(DynamicCache):
+    """A cache of the user's, which might keep keys and values elsewhere."""
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_block_is_one_call(family, ran):
     model = model_of(family)
@@ -131,7 +135,9 @@ def test_a_block_is_one_call(family, ran):
     assert near(logits(model, KeyValueCache(model)), expected)
     assert ran == {"_forward_in_one_call_or_none": 28, "_forward_in_two_calls_or_none": 2}  # the prompt in two
     assert near(logits(model, DynamicCache(config=model.config)), expected)
-    assert ran == {"_forward_in_one_call_or_none": 28, "_forward_in_two_calls_or_none": 32}
+    assert ran == {"_forward_in_one_call_or_none": 56, "_forward_in_two_calls_or_none": 4}
+    assert near(logits(model, OtherCache(config=model.config)), expected)
+    assert ran == {"_forward_in_one_call_or_none": 56, "_forward_in_two_calls_or_none": 34}
     release_inference(model)
     assert torch.equal(logits(model, KeyValueCache(model)), expected)
     assert inference_report(model) == {}
@@ -528,7 +534,8 @@ def test_on_other_devices_attention_stays_as_it_is():
     model = model_of("llama").to("meta")
     before = model.config._attn_implementation
     prepare_inference(model)
-    assert inference_report(model)[""] == "as before: it is on meta, where blocks are called as before"
+    blocks = "as before: it is on meta, where blocks are called as before"
+    assert inference_report(model)[""] == f"{blocks}; caches as before: the model is on meta"
     assert model.config._attn_implementation == before
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 from functools import partial
 
 import pytest
@@ -14,21 +15,25 @@ from transformers import (
     BartConfig,
     BertConfig,
     BertModel,
+    Cache,
     DynamicCache,
     EncoderDecoderCache,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    LogitsProcessor,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     Qwen3Config,
     T5Config,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import lowmem
 from lowmem.integrations.transformers.attention_interface import ATTENTION
-from lowmem.integrations.transformers.key_value_cache import KeyValueCache
+from lowmem.integrations.transformers.key_value_cache import InPlaceCacheLayer, KeyValueCache
 from lowmem.nn.cached_keys_and_values import CachedStates, EightBitStates
 from tests.selection import covering
 
@@ -345,3 +350,296 @@ def test_values_that_are_refused_leave_the_keys_as_they_were(bits):
 def test_other_bits_are_refused():
     with pytest.raises(ValueError, match="bits=4 must be 8"):
         KeyValueCache(CONFIGS["llama"], bits=4)
+
+
+DEFAULT = {
+    **{name: CONFIGS[name] for name in ("llama", "mistral", "gemma3", "gpt2")},
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, sliding_window=9),
+}
+GREEDY = {"do_sample": False}
+MODES = {
+    "greedy": GREEDY,
+    "sampling": {"do_sample": True, "top_k": 5},
+    "beams": GREEDY | {"num_beams": 3},
+    "sampled beams": {"do_sample": True, "num_beams": 2},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+    "beams, several": GREEDY | {"num_beams": 3, "num_return_sequences": 2},
+    "prompt in parts": GREEDY | {"prefill_chunk_size": 3},
+    "looked up": GREEDY | {"prompt_lookup_num_tokens": 3},
+    "assisted": GREEDY | {"assistant_model": None},
+    "static": GREEDY | {"cache_implementation": "static"},
+    "offloaded": GREEDY | {"cache_implementation": "offloaded"},
+    "quantized": GREEDY | {"cache_implementation": "quantized"},
+    "no cache": GREEDY | {"use_cache": False},
+}
+IN_PLACE = {"greedy", "sampling", "beams", "sampled beams", "several", "beams, several", "prompt in parts"}
+IN_PLACE |= {"looked up", "assisted"}
+
+
+class Deciding(LogitsProcessor):
+    """Rounds, so that tokens do not depend on rounding errors."""
+
+    def __call__(self, input_ids, scores):
+        return (scores * 64).round() / 64
+
+
+def stored(name, prepared):
+    """Return a small model in 4 bits."""
+    torch.manual_seed(0)
+    config = DEFAULT.get(name) or PAIRS[name]
+    kind = AutoModelForCausalLM if name in DEFAULT else AutoModelForSeq2SeqLM
+    model = kind.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0)
+    lowmem.convert(model, lowmem.FourBit("int4", 32))
+    return lowmem.prepare_inference(model) if prepared else model
+
+
+def outcome(model, mode, caches=None, **more):
+    """Return the tokens that a model generates in a mode; or the error, as of what is not installed."""
+    named = prompts(1 if mode in ("looked up", "assisted") else 3) | MODES[mode] | more
+    if mode == "assisted":
+        named["assistant_model"] = stored("llama", prepared="InPlaceCacheHook" in repr(model._forward_pre_hooks))
+    if caches is not None:
+        handle = model.register_forward_pre_hook(lambda _, args, given: caches(given["cache"]), with_kwargs=True)
+    torch.manual_seed(0)
+    try:
+        return model.generate(**named, max_new_tokens=20, logits_processor=[Deciding()]).tolist()
+    except Exception as error:  # noqa: BLE001 - transformers' own, which the prepared model must raise, too
+        return type(error), str(error)
+    finally:
+        if caches is not None:
+            handle.remove()
+
+
+@pytest.mark.filterwarnings("ignore:.*stay dense")
+@covering(name=DEFAULT, mode=MODES)
+def test_a_prepared_model_generates_the_same_tokens_with_no_cache_named(name, mode):
+    expected = outcome(stored(name, False), mode)
+    assert outcome(stored(name, True), mode) == expected
+    assert isinstance(expected, list) or mode in ("offloaded", "quantized")  # of GPUs, and of other packages
+
+
+def keys_of(cache):
+    """Return where the first layer's keys lie, once there are some."""
+    return cache.layers[0].cached["keys"]._buffer.data_ptr() if cache.get_seq_length() else None
+
+
+@pytest.mark.filterwarnings("ignore:.*stay dense")
+@covering(name=DEFAULT, mode=IN_PLACE)
+def test_keys_and_values_stay_where_they_are_from_token_to_token(name, mode):
+    """A prompt of 7 tokens and 20 more fit into the first room, and a window of 9 into its second one."""
+    places = []
+    tokens = outcome(stored(name, True), mode, lambda cache: places.append(keys_of(cache)))
+    assert isinstance(tokens, list), tokens
+    assert len(set(places) - {None}) == 1
+    assert len(places) > 3
+
+
+@pytest.mark.filterwarnings("ignore:.*stay dense")
+def test_the_report_says_in_which_modes_memory_is_used_in_place():
+    text = lowmem.inference_report(stored("llama", True))[""]
+    done, left = text.split("; as before: ")
+    for mode in ("greedy search", "sampling", "beams", "several sequences", "assisted decoding", "prompt lookup"):
+        assert mode in done
+    for mode in ("static", "offloaded", "quantized", "other classes", "not empty", "makes itself", "gradients"):
+        assert mode in left
+    model = stored("llama", True)
+    model.set_attn_implementation("paged|eager")
+    assert lowmem.inference_report(model)[""] == "caches as before: the attention is 'paged|eager'"
+
+
+@pytest.mark.filterwarnings("ignore:.*stay dense")
+@pytest.mark.parametrize("mode", ["greedy", "beams"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_decoders_cache_of_its_own_tokens_grows_in_place(name, mode):
+    kinds = set()
+    got = outcome(stored(name, True), mode, lambda cache: kinds.add(type(cache.self_attention_cache.layers[0])))
+    assert got == outcome(stored(name, False), mode)
+    assert InPlaceCacheLayer in kinds
+
+
+class OwnLayer(DynamicLayer):
+    """A layer of the user's."""
+
+
+class OwnCache(DynamicCache):
+    """A cache of the user's."""
+
+
+def with_own_layer(config):
+    cache = DynamicCache(config=config)
+    cache.layers[1] = OwnLayer()
+    return cache
+
+
+CACHES = {
+    "of a config": (lambda config: DynamicCache(config=config), [True, True]),
+    "of no config": (lambda config: DynamicCache(), [True, True]),
+    "with a layer of one's own": (with_own_layer, [True, False]),
+    "of one's own class": (lambda config: OwnCache(config=config), [False, False]),
+    "of the base class": (lambda config: Cache(layers=[DynamicLayer(), DynamicLayer()]), [False, False]),
+    "in 8 bits": (lambda config: KeyValueCache(config, bits=8), [True, True]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*stay dense")
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("mode", ["greedy", "beams"])
+def test_caches_of_the_users_give_the_same_tokens(kind, mode):
+    make, in_place = CACHES[kind]
+    found = []
+    for prepared in (False, True):
+        model = stored("llama", prepared)
+        cache = make(model.config)
+        found.append(outcome(model, mode, cache=cache))
+    assert found[0] == found[1]
+    assert isinstance(found[0], list), found
+    assert [isinstance(layer, InPlaceCacheLayer) for layer in cache.layers] == in_place
+
+
+def cropped(step, cache, config):
+    step(9, cache)
+    kept = [(layer.keys, layer.values) for layer in cache.layers]
+    cache.crop(-3)
+    step(2, cache)
+    return [step(1, cache), *(states.clone() for pair in kept for states in pair)]
+
+
+def reordered(step, cache, config):
+    step(5, cache)
+    kept = cache.layers[0].keys
+    cache.reorder_cache(torch.tensor([1, 1]))
+    found = [step(1, cache)]
+    cache.batch_select_indices(torch.tensor([True, False]))
+    cache.batch_repeat_interleave(2)
+    return [*found, step(1, cache), kept.clone(), cache.layers[1].values]
+
+
+def copied(step, cache, config):
+    step(5, cache)
+    twins = cache, copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+    return [step(count, twin) for count, twin in zip((1, 2, 1), twins, strict=True)] + [step(1, twins[0])]
+
+
+def layers_copied(step, cache, config):
+    step(5, cache)
+    twin = DynamicCache(config=config)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return [step(2, cache), step(1, twin), step(1, cache)]
+
+
+def moved(step, cache, config):
+    step(5, cache)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.to("cpu", copy=True), layer.values.double().float()
+    return [step(1, cache), step(1, cache)]
+
+
+def read(step, cache, config):
+    step(5, cache)
+    legacy = tuple((keys, values) for keys, values, _ in cache)
+    found = [step(3, cache)]
+    again = DynamicCache(legacy)
+    return [*found, step(1, again), step(1, cache), *(states for pair in legacy for states in pair)]
+
+
+def assigned(step, cache, config):
+    """Memory of the user's, which is continued, cropped and continued."""
+    step(5, cache)
+    own = [layer.keys.clone() for layer in cache.layers]
+    for layer, keys in zip(cache.layers, own, strict=True):
+        layer.keys = keys
+    cache.crop(-2)
+    return [step(1, cache), *own]
+
+
+def started_anew(step, cache, config):
+    step(5, cache)
+    cache.reset()
+    return [step(4, cache), step(1, cache)]
+
+
+USES = [cropped, reordered, copied, layers_copied, moved, read, assigned, started_anew]
+
+
+@pytest.mark.filterwarnings("ignore:.*stay dense")
+@covering(name=["llama", "mistral", "gemma3", "mixtral"], use=USES, window=[5, 40])
+def test_what_is_done_with_a_cache_changes_nothing(name, use, window):
+    found = []
+    for prepared in (False, True):
+        model = stored(name, prepared)
+        config = copy.deepcopy(model.config)
+        if getattr(config, "sliding_window", None) is not None:
+            config.sliding_window = 40 if use in (cropped, assigned) else window
+
+        def step(count, cache, model=model):
+            ids = torch.randint(1, 60, (2, count), generator=torch.Generator().manual_seed(count))
+            with torch.no_grad():
+                return model(ids, cache=cache, use_cache=True).logits
+
+        cache = DynamicCache(config=config)
+        found.append(use(step, cache, config))
+        assert all(isinstance(layer, InPlaceCacheLayer) == prepared for layer in cache.layers)
+    for got, expected in zip(found[1], found[0], strict=True):
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*stay dense")
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_gradients_through_a_cache_are_those_of_transformers(name):
+    """Of one that was empty, and of one that was filled without gradients, before steps without any."""
+
+    def gradients(prepared):
+        model = model_of(name)
+        lowmem.prepare_inference(model) if prepared else None
+        ids = torch.randint(1, 60, (2, 12), generator=torch.Generator().manual_seed(1))
+        empty, cache, total = DynamicCache(config=model.config), DynamicCache(config=model.config), 0
+        total = total + model(ids[:, :5], cache=empty).logits.square().mean()
+        assert type(empty.layers[0]) in (DynamicLayer, DynamicSlidingWindowLayer)
+        with torch.no_grad():
+            model(ids[:, :5], cache=cache)
+        assert isinstance(cache.layers[0], InPlaceCacheLayer) == prepared
+        total = total + model(ids[:, 5:8], cache=cache).logits.square().mean()
+        total = total + model(ids[:, 8:9], cache=cache).logits.square().mean()
+        with torch.no_grad():
+            model(ids[:, 9:], cache=cache)
+        total.backward()
+        return {path: parameter.grad for path, parameter in model.named_parameters()}
+
+    expected, got = gradients(False), gradients(True)
+    for path, gradient in expected.items():
+        torch.testing.assert_close(got[path], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore:.*stay dense")
+def test_copies_and_released_models_leave_caches_as_they_are():
+    model = stored("llama", True)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), lowmem.release_inference(model)]
+    assert not model._forward_pre_hooks
+    for twin in twins:
+        cache = DynamicCache(config=twin.config)
+        with torch.no_grad():
+            twin(torch.tensor([[1, 2]]), cache=cache)
+        assert type(cache.layers[0]) is DynamicLayer
+        assert lowmem.inference_report(twin) == {}
+
+
+class OwnAttention(torch.nn.Module):
+    layer_idx = 0
+
+    def forward(self, x):
+        return x
+
+
+def test_other_code_of_attention_gets_transformers_layers():
+    model = model_of("llama")
+    model.model.layers[0].extra = OwnAttention()
+    lowmem.prepare_inference(model)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2]]), cache=cache)
+    assert type(cache.layers[0]) is DynamicLayer
+    assert "" not in lowmem.inference_report(model)
