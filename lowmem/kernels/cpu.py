@@ -93,6 +93,8 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
         name: of the ISA, one of those of ``native.isas()``.
     """
 
+    is_asynchronous = False
+
     def __init__(self, native: ModuleType, name: str) -> None:
         self.native, self.name = native, name
         self._isa = [isa for isa, _ in native.isas()].index(name)

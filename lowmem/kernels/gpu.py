@@ -63,6 +63,7 @@ class GpuBackend:
 
     name = "triton"
     fast_bfloat16 = True
+    is_asynchronous = True
 
     def __getattr__(self, name: str) -> Any:
         """Return the function of plain torch, where Triton has no kernel."""

@@ -24,12 +24,12 @@ from lowmem.kernels.frozen_weight_operator import (
 )
 from lowmem.kernels.ops import FIELDS
 from lowmem.kernels.reference import matmul_into
-from lowmem.quant.backend import Backend, Weight, fast_matmul_dtype
+from lowmem.quant.backend import Backend, Weight, backend_of, fast_matmul_dtype
 from lowmem.quant.tensor import QuantizedTensor
 
 
 def _can_read_without_sync(group_ends: Tensor) -> bool:
-    return group_ends.is_cpu
+    return not backend_of(group_ends).is_asynchronous
 
 
 def _nonempty_groups_and_row_slices(group_ends: Tensor) -> Iterator[tuple[int, slice]]:

@@ -45,6 +45,7 @@ __all__ = [
     "gated",
     "gated_grad",
     "input_grad",
+    "is_asynchronous",
     "linear",
     "name",
     "norm",
@@ -58,6 +59,7 @@ __all__ = [
 
 name = "reference"
 fast_bfloat16 = True
+is_asynchronous = True  # of the devices that no other backend serves
 
 ChunkDequantizer: TypeAlias = Callable[[Weight, slice, torch.dtype, "tuple[float, ...] | None"], Tensor]
 """Returns rows of a weight in a dtype; numbers replace the levels of its format."""
@@ -67,6 +69,7 @@ class _ReferenceCpuBackend:
     """This module as the backend of CPUs: torch's report of the CPU says whether bfloat16 products are fast."""
 
     fast_bfloat16 = torch.backends.cpu.get_cpu_capability() not in ("AVX2", "DEFAULT")
+    is_asynchronous = False
 
     def __getattr__(self, name: str) -> Any:
         return globals()[name]

@@ -146,7 +146,7 @@ def float32_attention_mode_if_faster(model: nn.Module) -> AbstractContextManager
 def is_kernel_faster_than_torch(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel computes these: where it is faster than torch's own."""
     coded = [isinstance(states, EightBitStates) for states in (key, value)]
-    if any(coded) or not query.is_cpu:
+    if any(coded) or backend_of(query).is_asynchronous:
         return all(coded) and query.shape[2] <= MOST
     most = MOST if query.element_size() == 2 else MOST_FLOATS
     return query.shape[2] <= most and backend_of(query).name != "reference"  # whose plain torch is slower

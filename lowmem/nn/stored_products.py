@@ -179,7 +179,7 @@ def _stored_embedding_bag(
         return NotImplemented
     padding = padding_idx
     # torch.unique has a data-dependent shape, which a graph cannot hold, and for which the host waits for a GPU.
-    if needs_dispatcher(indices, *weight.parts) or not indices.is_cpu:
+    if needs_dispatcher(indices, *weight.parts) or backend_of(indices).is_asynchronous:
         rows = _stored_embedding(weight, indices)
         numbers = torch.arange(indices.shape[0], dtype=torch.int64, device=indices.device)
         # One more row in front stands for the padding

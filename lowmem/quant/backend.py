@@ -95,6 +95,10 @@ class Backend(Protocol):
     def fast_bfloat16(self) -> bool:
         """Whether products in bfloat16 are faster than in float32, so that ``add_product`` in it pays off."""
 
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether operations run behind the host, as on a GPU: reading a value of a tensor waits for all of them."""
+
     def linear(
         self,
         x: Tensor,
@@ -200,7 +204,7 @@ def fast_matmul_dtype(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:
     there. Few CPUs have some for float16, which counts as slow on all.
     """
     if dtype is torch.float16 or (dtype is torch.bfloat16 and not backend_of(tensor).fast_bfloat16):
-        return torch.float32 if tensor.is_cpu else dtype
+        return dtype if backend_of(tensor).is_asynchronous else torch.float32
     return dtype
 
 

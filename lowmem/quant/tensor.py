@@ -32,7 +32,8 @@ def row_slices_within_scratch(
     row_count: int, columns: int, bytes_per_weight: float = BYTES_PER_WEIGHT, *, device: torch.device | None = None
 ) -> Iterator[slice]:
     """Yield slices of at least one row each, whose scratch fits into the limit of a device (None: the CPU)."""
-    limit = SCRATCH_BYTES if device is None or device.type == "cpu" else DEVICE_SCRATCH_BYTES
+    on_device = device is not None and DEQUANTIZERS[device.type].is_asynchronous
+    limit = DEVICE_SCRATCH_BYTES if on_device else SCRATCH_BYTES
     step = max(1, int(limit // max(1, bytes_per_weight * columns)))
     return (slice(start, min(start + step, row_count)) for start in range(0, row_count, step))
 
@@ -275,6 +276,10 @@ class QuantizedTensor:
 
 class Dequantizer(Protocol):
     """What a quantized tensor asks of its device; a ``Backend`` (``lowmem.quant.backend``) computes much else."""
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether operations run behind the host."""
 
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return rows of a quantized matrix (out, in)."""

@@ -96,7 +96,7 @@ def quantize_activation(x: Tensor, arena: ActivationArena | None = None) -> Quan
     A block that contains NaN or infinity decodes to NaN, so that the failure stays visible. ``arena`` allocates codes
     and scales of CPU tensors; None: torch does.
     """
-    if arena is not None and x.is_cpu:
+    if arena is not None and not backend_of(x).is_asynchronous:
         blocks = -(-x.numel() // BLOCK)
         flat, of_scales = arena.allocate_int8(blocks * (BLOCK + 4)).split((blocks * BLOCK, blocks * 4))
         codes, scales = flat.view(-1, BLOCK), of_scales.view(torch.float32).unsqueeze(1)

@@ -24,6 +24,7 @@ from lowmem.nn.recomputed_inputs import (
     has_dtype_independent_pack_hook,
     recomputed_instead_of_saved,
 )
+from lowmem.quant.backend import backend_of
 from lowmem.training.fused_functions import (
     gated_product,
     gated_product_recompute_or_none,
@@ -160,7 +161,7 @@ def _run_fused_layer_norm_or_none(module: Any, x: Tensor, spec: LayerNormSpec) -
         parameter is None or (type(parameter) in (Tensor, nn.Parameter) and parameter.dtype is x.dtype)
         for parameter in affine
     )
-    if not plain or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if not plain or backend_of(x).is_asynchronous or torch.is_autocast_enabled("cpu"):
         return None
     return recomputable_layer_norm(x, *affine, module.normalized_shape, module.eps)
 

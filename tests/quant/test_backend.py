@@ -14,13 +14,13 @@ from lowmem.kernels import frozen_weight_operator, reference, rms_norm_and_gatin
 from lowmem.quant import backend
 from lowmem.quant.backend import Backend, ColumnPanel, KeyOrValueStates, backend_for, backend_of
 
-METHODS = {name for name in vars(Backend) if not name.startswith("_")} - {"name", "fast_bfloat16"}
+METHODS = {name for name in vars(Backend) if not name.startswith("_")} - {"name", "fast_bfloat16", "is_asynchronous"}
 
 
 class Recording:
     """Plain torch that notes what it is asked for."""
 
-    name, fast_bfloat16 = "recording", False
+    name, fast_bfloat16, is_asynchronous = "recording", False, False
 
     def __init__(self):
         self.asked = set()

@@ -1,0 +1,101 @@
+"""What a training step on a GPU does, counted on the CPU: the numbers of ``tests/kernels/gpu_steps.json``."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lowmem import FourBit, convert
+from lowmem.kernels import gpu, reference
+from tests.gpu_steps import PAGE, STEPS, STORED, TABLE, VERSION, RecordedStep, drawn, record, record_step
+
+# Figures are of one minor version of torch, which decides how an operator decomposes
+FIGURES = json.loads(STORED.read_text(encoding="utf8"))
+FLOAT32 = {
+    "kernels/reference.py: add_product": "the gradient of an input is summed over chunks of rows of W, in float32",
+    "kernels/reference.py: input_grad": "the same, without an adapter",
+    "convolution": "the adapter of a convolution multiplies in the dtype of its matrices, float32",
+}
+"""What multiplies in float32 in a model in bfloat16, and why."""
+WAITS = {
+    "training/chunked_cross_entropy.py: _check_labels_in_vocabulary": "labels are checked",
+    "training/chunked_cross_entropy.py: linear_cross_entropy": "rows without a label are not computed",
+    "training/activation_compression.py: quantize_activation": "tensors that lose too much stay uncompressed",
+    "kernels/codes_8bit.py: encode_8bit": "the same",
+}
+"""Functions for which the host waits, and why."""
+
+
+def unlisted(found, listed):
+    return [text for text in found if not any(place in text for place in listed)]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_do_what_is_stored(name):
+    if "Mixtral" in name and not hasattr(functional, "grouped_mm"):
+        pytest.skip("torch has grouped_mm since 2.10")
+    step = record_step(name)
+    assert unlisted(step.float32_products, FLOAT32) == []
+    assert list(step.misaligned) == []
+    assert unlisted(step.waits, WAITS) == []
+    if VERSION in FIGURES:
+        expected = FIGURES[VERSION][name]
+        changed = {key: (expected[key], number) for key, number in step.counts.items() if number != expected[key]}
+        places = [step.float32_products, step.waits, step.launches, step.kernels]
+        assert not changed, f"{name}: (stored, counted) {changed}, of {places}: python -m tests.gpu_steps stores it"
+
+
+def test_the_table_is_that_of_the_stored_figures():
+    """Of the newest version of torch that has some."""
+    assert TABLE.search(PAGE.read_text(encoding="utf8"))[0] == drawn(FIGURES[max(FIGURES)])
+
+
+def layer_step(rows: int = 64, **options) -> RecordedStep:
+    layer = convert(nn.Linear(128, 256, bias=False).bfloat16(), FourBit("nf4", 64, search=False))
+    x = torch.randn(rows, 128, dtype=torch.bfloat16, requires_grad=True)
+    return record(lambda: layer(x).sum().backward())
+
+
+def test_a_product_in_float32_is_found(monkeypatch):
+    linear = gpu.GpuBackend.linear
+    monkeypatch.setattr(
+        gpu.GpuBackend, "linear", lambda self, x, weight, dtype, *rest: linear(self, x, weight, torch.float32, *rest)
+    )
+    (found,) = unlisted(layer_step().float32_products, FLOAT32)
+    assert found.startswith("mm of (64, 128) x (128, 256)")
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_misaligned_chunk_is_found(step, monkeypatch):
+    """Chunks of as many rows of the weight: the output begins at an odd address in one of them."""
+    monkeypatch.setattr(
+        reference,
+        "row_slices_within_scratch",
+        lambda rows, *_, **__: [slice(start, min(start + step, rows)) for start in range(0, rows, step)],
+    )
+    assert layer_step().misaligned
+
+
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [
+        (lambda x: x.sum().item(), "_local_scalar_dense"),
+        (lambda x: bool(x.any()), "_local_scalar_dense"),
+        (lambda x: x[x > 0], "index"),
+        (lambda x: x.nonzero(), "nonzero"),
+        (lambda x: x.cpu(), "cpu"),
+        (lambda x: x.float().tolist(), "tolist"),
+    ],
+)
+def test_a_value_that_is_read_is_found(read, name, monkeypatch):
+    linear = gpu.GpuBackend.linear
+
+    def reading(self, x, *rest):
+        read(x)
+        return linear(self, x, *rest)
+
+    assert not layer_step().waits
+    monkeypatch.setattr(gpu.GpuBackend, "linear", reading)
+    assert any(text.startswith(name) for text in layer_step().waits)
