@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import operator
 import re
 import subprocess
 import sys
@@ -113,6 +114,30 @@ def test_every_file_and_folder_that_the_page_names_exists():
     table = text.partition("## Where things are")[2].partition("\n## ")[0]
     folders = {f"lowmem/{name}/" for name in folder_imports() if (Path(lowmem.__file__).parent / name).is_dir()}
     assert folders <= set(re.findall(r"`(lowmem/\w+/)`", table))
+
+
+def function_lengths(path: Path) -> dict[str, int]:
+    """Return the lines of each function of a file, and of each method as ``Class.method``."""
+    bodies = [("", ast.parse(path.read_text(encoding="utf8")).body)]
+    bodies += [(f"{node.name}.", node.body) for node in bodies[0][1] if isinstance(node, ast.ClassDef)]
+    functions = [(prefix, node) for prefix, body in bodies for node in body if isinstance(node, ast.FunctionDef)]
+    return {f"{prefix}{node.name}": node.end_lineno - node.lineno + 1 for prefix, node in functions}
+
+
+def test_the_tours_lead_to_functions_that_fit_a_screen():
+    """Three tours of at most six stops; what defines a stop is a function, too, or torch's."""
+    section = PAGE.read_text(encoding="utf8").partition("## Three tours")[2].partition("\n## ")[0]
+    tours = [re.findall(r"^\| (`.*) \|$", part, re.MULTILINE) for part in section.split("| :-- | :-- | :-- |")[1:]]
+    assert len(tours) == 3
+    assert all(1 < len(stops) <= 6 for stops in tours)
+    for stop in (stop for stops in tours for stop in stops):
+        first, _, last = stop.split(" | ") if not stop.endswith(" |") else (*stop[:-2].split(" | "), "")
+        named = re.findall(r"`(lowmem/[\w/]+\.py)`, `([\w.]+)`", f"{first} {last}")
+        assert re.match(r"`lowmem/[\w/]+\.py`, `[\w.]+`$", first), stop
+        for file, name in named:
+            assert function_lengths(ROOT / file)[name] < 60, f"{name} of {file}"
+        for name in re.findall(r"`torch\.([\w.]+)`", last):
+            assert callable(operator.attrgetter(name)(torch)), name
 
 
 def test_each_folder_says_what_it_may_import_and_where_to_begin():
