@@ -297,8 +297,10 @@ class _LanguageModelTraining:
             return
         from lowmem.integrations.transformers.text_generation import end_token_ids
 
-        ends = end_token_ids(self.model, job.tokenizer, bool(job.texts.chats), job.data.chat.template_kwargs)
-        answers = generate_answers(self.model, job.tokenizer, ends, job.data.samples, job.length)
+        model: Any = self.model
+        config, chats = model.generation_config, bool(job.texts.chats)
+        ends = end_token_ids(config, job.tokenizer, chats, job.data.chat.template_kwargs)
+        answers = generate_answers(model, job.tokenizer, ends, job.data.samples, job.length)
         self.answers[str(step)] = answers
         for number, answer in enumerate(answers, 1):
             self._print_line(f"sample {number} after {step} steps: {escaped_and_truncated(answer)}")

