@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -131,6 +132,13 @@ class StoredPreTrainedModelMixin:
         yield from named
 
     @property
+    def device(self: Any) -> torch.device:
+        """The device of the first parameter, which ``generate`` asks for at each token."""
+        # named_modules would walk over the whole model
+        first = _first_parameter_or_none(self)
+        return super().device if first is None else first.device  # type: ignore[misc]
+
+    @property
     def dtype(self: Any) -> torch.dtype:
         """The dtype as which the first floating-point parameter presents itself."""
         return _first_floating_dtype_or_none(self.modules()) or super().dtype  # type: ignore[misc]
@@ -227,6 +235,13 @@ def _atomic_or_scratch_folder(target: Path) -> Iterator[Path]:
     with scratch_folder(target) as partial:
         yield partial
         move_files_replacing_weights(partial, target)
+
+
+def _first_parameter_or_none(module: nn.Module) -> nn.Parameter | None:
+    """Return the first parameter of a module or of its children, in their order."""
+    inner = (_first_parameter_or_none(child) for child in module.children())
+    own = module.parameters(recurse=False)
+    return next(chain(own, (parameter for parameter in inner if parameter is not None)), None)
 
 
 def _first_floating_dtype_or_none(modules: Iterable[nn.Module]) -> torch.dtype | None:
