@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # for autodoc, since nothing is installed, and for drawings.py
 
 from drawings import put_drawings_into  # noqa: E402
+from notebooks import put_notebooks_into  # noqa: E402
 
 from lowmem.version import __version__  # noqa: E402
 
@@ -57,8 +58,14 @@ def show_drawings(app, docname, source):
     source[0] = put_drawings_into(source[0])
 
 
+def show_notebooks(app, docname, source):
+    """Put the notebooks that a page names into it, with their outputs."""
+    source[0] = put_notebooks_into(source[0], ROOT / "docs")
+
+
 def setup(app):
     """Register what the pages need."""
     app.connect("source-read", show_both_themes)
     app.connect("source-read", lead_to_the_index)
     app.connect("source-read", show_drawings)
+    app.connect("source-read", show_notebooks)
