@@ -3,6 +3,7 @@ they do not take falls back to ``reference``: other weights, dtypes and function
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
@@ -21,7 +22,7 @@ from lowmem.kernels.tensor_checks import (
 )
 from lowmem.quant.backend import LowRank, Weight
 from lowmem.quant.formats import get_format
-from lowmem.quant.tensor import QuantizedTensor, Squares
+from lowmem.quant.tensor import DEVICE_SCRATCH_BYTES, ROW_MULTIPLE, QuantizedTensor, Squares
 
 # Earlier ones flush subnormal quotients to zero (3.4 and 3.5), or have no tl.gather
 OLDEST = (3, 6)
@@ -59,7 +60,8 @@ def cuda_backend_description() -> str:
 
 
 class GpuBackend:
-    """The backend of GPUs. Dequantized chunks of a weight have 8 Mi values: 32 MiB in float32."""
+    """The backend of GPUs. Dequantized chunks of rows of a weight have 8 Mi values: 32 MiB in float32; those of
+    columns take 144 MiB at most."""
 
     name = "triton"
     fast_bfloat16 = True
@@ -108,11 +110,16 @@ class GpuBackend:
         return out
 
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
-        """Return ``grad @ W``: (batch, out) -> (batch, in)."""
-        return reference.input_grad(grad, weight, dtype, _dequantize_by_triton_or_torch)
+        """Return ``grad @ W``: (batch, out) -> (batch, in), each number by one product, in ``dtype``."""
+        if grad.shape[1] != weight.shape[0] or not _can_multiply_by_columns(weight, dtype, grad):
+            return reference.input_grad(grad, weight, dtype, _dequantize_by_triton_or_torch)
+        out = grad.new_empty(len(grad), weight.shape[1], dtype=dtype)
+        return _multiply_by_columns(out, grad.to(dtype), weight, is_added=False)
 
     def add_product(self, out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
         """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place."""
+        if transposed and _can_multiply_by_columns(weight, x.dtype, x, out):
+            return _multiply_by_columns(out, x, weight, is_added=True)
         return reference.add_product(out, x, weight, transposed, _dequantize_by_triton_or_torch)
 
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
@@ -145,7 +152,7 @@ class GpuBackend:
         )
         if refused is not None or not isinstance(weight, QuantizedTensor):
             return f"{reference.explain(weight, rows, dtype)}\n  not triton: {refused}"
-        rest = f"triton dequantizes rows in chunks and torch multiplies; {PROOF}"
+        rest = f"triton dequantizes rows (columns for input_grad) in chunks and torch multiplies; {PROOF}"
         if why := _unmet_small_batch_requirement_or_none(weight, rows, dtype):
             return f"linear, input_grad: {rest}\n  not few of triton, which takes {why}"
         return f"linear: few of triton, which takes {_FEW_ROWS}; {PROOF}\ninput_grad: {rest}"
@@ -179,22 +186,61 @@ def _dequantize_by_triton_or_torch(
     return out
 
 
+def _can_multiply_by_columns(weight: Weight, dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """Whether ``_multiply_by_columns`` takes a weight and other tensors: a stored 16-bit one needs no Triton."""
+    if isinstance(weight, QuantizedTensor):
+        return _can_use_triton(weight, dtype, *tensors)
+    return weight.dim() == 2 and dtype in TYPES and _have_plain_memory_on_one_device(weight, *tensors)
+
+
+def _multiply_by_columns(out: Tensor, x: Tensor, weight: Weight, is_added: bool) -> Tensor:
+    """Write ``x @ W`` to out (batch, in), or add it, in x's dtype: as many columns of W at a time as scratch holds.
+
+    A chunk is of whole blocks. It has all rows of W, so each sum is one product's, which is rounded once. Chunks of
+    rows would need float32 sums, and products in float32.
+    """
+    rows, columns = weight.shape
+    step = columns
+    if isinstance(weight, QuantizedTensor):
+        weight.check_layout()
+    if isinstance(weight, QuantizedTensor) or weight.dtype is not x.dtype:
+        least = math.lcm(weight.block_size if isinstance(weight, QuantizedTensor) else 1, ROW_MULTIPLE)
+        step = max(1, DEVICE_SCRATCH_BYTES // (x.itemsize * max(1, rows)) // least) * least
+    for start in range(0, columns, max(1, step)):
+        chosen = slice(start, min(start + step, columns))
+        if isinstance(weight, QuantizedTensor):
+            part = x.new_empty(rows, chosen.stop - start)
+            _import_triton_launch().dequantize_launch(weight, part, None, start)()
+        else:
+            part = weight.detach()[:, chosen].to(x.dtype)
+        if is_added:
+            out[:, chosen].addmm_(x, part)
+        else:
+            torch.mm(x, part, out=out[:, chosen])
+        # Before the next one is dequantized
+        del part
+    return out
+
+
 def _can_use_triton(weight: QuantizedTensor, dtype: torch.dtype, *extra_tensors: Tensor) -> bool:
     """Whether Triton may read a matrix and other tensors, and writes a dtype: plain memory of one device, and nothing
     that records operations."""
-    tensors = (weight.packed, weight.scales, *extra_tensors)
-    device = weight.packed.device
-    if is_recording_operations() or dtype not in TYPES or len(weight.shape) != 2 or not weight.shape.numel():
+    if dtype not in TYPES or len(weight.shape) != 2 or not weight.shape.numel():
         return False
     # Rows and columns are counted in 32 bits
-    if max(weight.shape) >= 2**31:
-        return False
-    if any(
-        not has_plain_memory(tensor) or is_batched_or_under_functorch(tensor) or tensor.device != device
-        for tensor in tensors
+    if max(weight.shape) >= 2**31 or not _have_plain_memory_on_one_device(
+        weight.packed, weight.scales, *extra_tensors
     ):
         return False
-    return triton_skip_reason_or_none(device) is None
+    return triton_skip_reason_or_none(weight.packed.device) is None
+
+
+def _have_plain_memory_on_one_device(first: Tensor, *others: Tensor) -> bool:
+    """Whether operations may write to memory of tensors: nothing records or batches them."""
+    return not is_recording_operations() and all(
+        has_plain_memory(tensor) and not is_batched_or_under_functorch(tensor) and tensor.device == first.device
+        for tensor in (first, *others)
+    )
 
 
 def _import_triton_launch() -> ModuleType:

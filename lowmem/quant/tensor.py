@@ -23,6 +23,10 @@ SCRATCH_BYTES = 2**20
 DEVICE_SCRATCH_BYTES = 144 * 2**20
 """The same on any other device: each chunk starts some ten kernels, and so has 32 MiB of float32 values."""
 
+ROW_MULTIPLE = 64
+"""On any other device, a chunk of more rows has a multiple of these: its products begin at whole tiles, and at
+addresses that 16 bytes divide."""
+
 BYTES_PER_WEIGHT = 18
 """Peak scratch of ``QuantizedTensor.restore``: an unpacked code (1 byte, 2 in a row of one weight), its index (4),
 the value (4), and the scale (at most 8, where the last block is short)."""
@@ -35,6 +39,8 @@ def row_slices_within_scratch(
     on_device = device is not None and DEQUANTIZERS[device.type].is_asynchronous
     limit = DEVICE_SCRATCH_BYTES if on_device else SCRATCH_BYTES
     step = max(1, int(limit // max(1, bytes_per_weight * columns)))
+    if on_device and step > ROW_MULTIPLE:
+        step -= step % ROW_MULTIPLE
     return (slice(start, min(start + step, row_count)) for start in range(0, row_count, step))
 
 

@@ -13,9 +13,10 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from lowmem import AdamW8bit, EightBit, FourBit, LoRA, add_adapter, convert, quantize
+from lowmem import AdamW8bit, EightBit, FourBit, LoRA, add_adapter, convert, kernels, quantize
 from lowmem.kernels import gpu, reference
 from lowmem.quant.backend import backend_for, set_backend
+from tests.gpu_steps import gpu_backend_on_cpu
 from tests.nn.stored_cases import CASES, store
 
 CPU = torch.device("cpu")
@@ -103,7 +104,7 @@ def test_what_serves_is_described(started, monkeypatch):
 
 def test_explain_says_which_kernel_multiplies_and_why_not_another(started):
     backend, q = gpu.GpuBackend(), quantize(torch.randn(6, 40), "nf4", block_size=16)
-    rest = f"triton dequantizes rows in chunks and torch multiplies; {gpu.PROOF}"
+    rest = f"triton dequantizes rows (columns for input_grad) in chunks and torch multiplies; {gpu.PROOF}"
     few = f"linear: few of triton, which takes 1 to 8 rows; {gpu.PROOF}"
     assert backend.explain(q, 8, torch.bfloat16) == f"{few}\ninput_grad: {rest}"
     offsets = quantize(torch.randn(6, 40), "uint4", block_size=16)
@@ -248,7 +249,33 @@ def test_a_product_starts_one_kernel_or_one_for_each_chunk(batch, started, monke
     assert started == (["few"] if batch <= 8 else ["dequantize"] * chunks)
     started.clear()
     backend.input_grad(grad, q, torch.float32)
-    assert started == ["dequantize"] * chunks
+    assert started == ["dequantize"]  # columns of all rows: no cache of a processor
+    monkeypatch.setattr(gpu, "DEVICE_SCRATCH_BYTES", 1024 * 4 * 100)  # 64 columns
+    started.clear()
+    backend.input_grad(grad, q, torch.float32)
+    assert started == ["dequantize"] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", ["nf4", "int8", "bfloat16"])
+def test_the_gradient_of_inputs_is_one_product_in_their_dtype(dtype, stored, monkeypatch):
+    """By columns of the weight, in several chunks: each number within one rounding of the float64 product."""
+    monkeypatch.setattr(gpu, "DEVICE_SCRATCH_BYTES", 70 * 2 * 100)
+    dense, grad = torch.randn(70, 300), torch.randn(40, 70).to(dtype)
+    weight = dense.bfloat16() if stored == "bfloat16" else quantize(dense, stored, block_size=16)
+    exact = (weight.to(dtype) if stored == "bfloat16" else weight.dequantize(dtype)).double()
+    base = torch.randn(40, 300).to(dtype)
+    with gpu_backend_on_cpu():
+        found = kernels.input_grad(grad, weight, dtype)
+        added = kernels.add_product(base.clone(), grad, weight, True)
+    magnitudes = grad.double().abs() @ exact.abs()
+    for got, expected, terms in (
+        (found, grad.double() @ exact, magnitudes),
+        (added, base.double() + grad.double() @ exact, magnitudes + base.double().abs()),
+    ):
+        assert got.dtype is dtype
+        unit = torch.finfo(dtype).eps / 2
+        assert ((got.double() - expected).abs() <= 1.01 * unit * expected.abs() + 72 * 2**-24 * terms).all()
 
 
 def test_rows_that_plain_torch_refuses_are_refused(started):

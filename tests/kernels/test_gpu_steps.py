@@ -14,8 +14,6 @@ from tests.gpu_steps import PAGE, STEPS, STORED, TABLE, VERSION, RecordedStep, d
 # Figures are of one minor version of torch, which decides how an operator decomposes
 FIGURES = json.loads(STORED.read_text(encoding="utf8"))
 FLOAT32 = {
-    "kernels/reference.py: add_product": "the gradient of an input is summed over chunks of rows of W, in float32",
-    "kernels/reference.py: input_grad": "the same, without an adapter",
     "convolution": "the adapter of a convolution multiplies in the dtype of its matrices, float32",
 }
 """What multiplies in float32 in a model in bfloat16, and why."""

@@ -72,13 +72,31 @@ class KernelLaunch(NamedTuple):
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
 
 
-def dequantize_launch(weight: QuantizedTensor, out: Tensor, levels: tuple[float, ...] | None = None) -> KernelLaunch:
-    """Dequantize a matrix to ``out``, contiguous (rows, columns); ``levels`` replace the format's."""
+def dequantize_launch(
+    weight: QuantizedTensor, out: Tensor, levels: tuple[float, ...] | None = None, start: int = 0
+) -> KernelLaunch:
+    """Dequantize columns of a matrix to ``out``, contiguous (rows, columns): those from ``start``, which begins a
+    block; ``levels`` replace the format's."""
     stored, tile = _weight_kernel_arguments(weight, levels), TILES["dequantize", 0]
+    columns, block = out.shape[1], start // weight.block_size
+    stored |= {
+        "packed": stored["packed"][:, start * stored["BITS"] // 8 :],
+        "scales": stored["scales"][:, block:],
+        "columns": columns,
+        "row_bytes": -(-columns * stored["BITS"] // 8),
+        "WHOLE": columns % weight.block_size == 0,
+    }
     shape = tile.shape_constants(stored["row_bytes"], stored["BLOCK"] * stored["BITS"] // 8)
     tiles = math.ceil(stored["row_bytes"] / (shape["GROUPS"] * shape["GROUP"]))
     programs = math.ceil(len(out) / shape["ROWS"]) * tiles
-    out_arguments = {"out": out, "rows": len(out), "OFFSETS": weight.has_offsets}
+    blocks = -(-weight.shape[1] // weight.block_size)
+    out_arguments = {
+        "out": out,
+        "out_stride": columns,
+        "behind": blocks if weight.has_offsets else blocks - block,  # offsets lie as far behind each scale
+        "rows": len(out),
+        "OFFSETS": weight.has_offsets,
+    }
     return KernelLaunch(of_rows.dequantize, programs, stored | out_arguments | shape, tile.warps)
 
 

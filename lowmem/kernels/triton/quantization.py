@@ -31,6 +31,8 @@ def dequantize(
     rows,
     columns,
     row_bytes,
+    out_stride,
+    behind,
     packed_stride,
     scales_stride,
     BLOCK: tl.constexpr,
@@ -43,7 +45,8 @@ def dequantize(
     GROUP: tl.constexpr,
 ):
     """Write ``levels[code] * scale (+ offset)`` to (rows, columns), computed in float32 and rounded once. OFFSETS
-    says that offsets lie behind a row's scales."""
+    says that offsets lie behind a row's scales; ``behind`` is how far, from the first scale that is read, the row
+    scale or the first offset lies."""
     tiles = tl.cdiv(row_bytes, GROUPS * GROUP)
     row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(0) % tiles * (GROUPS * GROUP) + tl.arange(0, GROUPS) * GROUP
@@ -53,15 +56,15 @@ def dequantize(
     inside, row = row < rows, row.to(tl.int64)
     mask = inside[:, None, None] & (byte < row_bytes)[None]
     codes = tl.load(packed + row[:, None, None] * packed_stride + byte[None], mask=mask, other=0)
-    stored, blocks = scales + row * scales_stride, tl.cdiv(columns, BLOCK)
+    stored = scales + row * scales_stride
     has_scale = inside[:, None] & (first < row_bytes)[None, :]
     scale = load_scales_or_steps(stored, block, has_scale, STEPS)
     if STEPS:
-        scale = tl.div_rn(scale * load_row_scales(stored, blocks, inside), 1.0 * STEPS)
+        scale = tl.div_rn(scale * load_row_scales(stored, behind, inside), 1.0 * STEPS)
     scale = scale[:, :, None]
     table = tl.load(levels + tl.arange(0, 2**BITS))
-    offset = load_scales_or_steps(stored + blocks, block, has_scale, STEPS)[:, :, None] if OFFSETS else 0.0
-    at = out + row[:, None, None] * columns
+    offset = load_scales_or_steps(stored + behind, block, has_scale, STEPS)[:, :, None] if OFFSETS else 0.0
+    at = out + row[:, None, None] * out_stride
     if BITS == 8:
         values = restored(look_up(table, codes), scale, offset, OFFSETS)
         tl.store(at + low[None], values.to(out.dtype.element_ty), mask=mask)

@@ -161,6 +161,29 @@ def test_slices_views_and_other_levels():
     assert torch.equal(out, q.restore(slice(None), levels))
 
 
+@pytest.mark.parametrize(
+    ("form", "scales"),
+    [
+        *(("nf4", scales) for scales in ("double", "float32", "float16")),
+        *(("bof4s", "double"), ("int8", "double"), ("uint4", "float16_offsets"), ("int8", "float32")),
+    ],
+)
+@pytest.mark.parametrize("size", [10, 64])
+def test_columns_from_a_block_on_are_those_of_the_whole_matrix(form, scales, size):
+    """To the end of the row, whose last block is short, and two blocks."""
+    for columns in (77, 700):
+        q = quantized_by_torch(
+            strategies.make_weight("normal", (5, columns), 0, 2), form, block_size=size, scales=scales
+        )
+        for dtype in (torch.float32, torch.bfloat16):
+            expected, blocks = reference.dequantize(q, slice(None), dtype), -(-columns // size)
+            for start in {blocks // 2 * size, (blocks - 1) * size}:
+                for stop in (columns, min(columns, start + 2 * size)):
+                    out = torch.full((5, stop - start), 7.0, dtype=dtype)
+                    launch.dequantize_launch(q, out, None, start)()
+                    assert torch.equal(out, expected[:, start:stop])
+
+
 def test_addresses_beyond_2_to_the_31():
     """Rows that lie 2^30 numbers apart, in memory that is never touched."""
     step, columns = 2**30 + 64, 64
@@ -175,7 +198,7 @@ def test_addresses_beyond_2_to_the_31():
     torch.use_deterministic_algorithms(False)  # which would fill the memory
     out = far(torch.zeros(3, columns, dtype=torch.float16))
     job = launch.dequantize_launch(replace(q, packed=far(q.packed), scales=far(q.scales)), out)
-    job.arguments["columns"] = step  # the distance of the rows of out; its tiles end with the bytes of codes
+    job.arguments["out_stride"] = step
     job()
     x, product = torch.eye(columns)[:3], torch.empty(3, 3)
     launch.small_batch_product_launch(far(x), replace(q, packed=far(q.packed), scales=far(q.scales)), None, product)()
