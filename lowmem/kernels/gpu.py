@@ -27,13 +27,15 @@ from lowmem.quant.tensor import DEVICE_SCRATCH_BYTES, ROW_MULTIPLE, QuantizedTen
 # Earlier ones flush subnormal quotients to zero (3.4 and 3.5), or have no tl.gather
 OLDEST = (3, 6)
 PROOF = "values proven in Triton's interpreter; speed not measured"
+TRAINING = "not measured against bitsandbytes or Unsloth: take one of these to train on a GPU"
 
 
 @lru_cache(maxsize=64)
 def triton_skip_reason_or_none(device: torch.device) -> str | None:
     """Return why Triton's kernels do not serve a device, or None.
 
-    A small kernel is compiled and started: a driver, a GPU or a missing C compiler may refuse.
+    A small kernel is compiled and started: a driver, a GPU or a missing C compiler may refuse. Lack of memory is
+    raised and not remembered: it says nothing about the next call.
     """
     try:
         import triton
@@ -46,7 +48,10 @@ def triton_skip_reason_or_none(device: torch.device) -> str | None:
     try:
         weight = QuantizedTensor.empty(torch.Size((1, 8)), "nf4", 8, "float32", "absmax", device=device)
         _import_triton_launch().dequantize_launch(weight, torch.empty(1, 8, dtype=torch.float32, device=device))()
-    except Exception as error:  # noqa: BLE001 (of the compiler, the linker or the driver; plain torch serves then)
+    except Exception as error:  # of the compiler, the linker or the driver; plain torch serves then
+        # Triton's launcher raises a RuntimeError with the driver's text
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in str(error).lower():
+            raise
         return f"triton {triton.__version__} does not run on {device}: {_first_line_of_error(error)}"
     return None
 
@@ -56,7 +61,7 @@ def cuda_backend_description() -> str:
     if not torch.cuda.is_available():
         return f"none: torch finds no GPU (triton's kernels: {PROOF})"
     reason = triton_skip_reason_or_none(torch.device("cuda", torch.cuda.current_device()))
-    return f"triton: {PROOF}" if reason is None else f"reference: {reason}"
+    return f"triton: {PROOF}; {TRAINING}" if reason is None else f"reference: {reason}"
 
 
 class GpuBackend:

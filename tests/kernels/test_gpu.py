@@ -82,6 +82,29 @@ def test_why_triton_does_not_serve_is_said(version, says, monkeypatch):
     assert torch.equal(backend.dequantize(q, slice(1, 3), torch.half), q.dequantize(torch.half)[1:3])
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB."),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        MemoryError(),
+    ],
+    ids=["torch", "triton", "host"],
+)
+def test_lack_of_memory_is_raised_and_not_remembered(error, monkeypatch):
+    errors = [error]
+
+    def start():
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.9.0"))
+    monkeypatch.setattr(gpu, "_import_triton_launch", lambda: SimpleNamespace(dequantize_launch=lambda *_: start))
+    with pytest.raises(type(error)):
+        gpu.triton_skip_reason_or_none(CPU)
+    assert gpu.triton_skip_reason_or_none(CPU) is None
+
+
 def test_a_version_that_runs_serves(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.10.0+git1"))
     monkeypatch.setattr(
@@ -97,7 +120,10 @@ def test_what_serves_is_described(started, monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert gpu.cuda_backend_description() == "triton: values proven in Triton's interpreter; speed not measured"
+    assert gpu.cuda_backend_description() == (
+        "triton: values proven in Triton's interpreter; speed not measured; not measured against bitsandbytes or "
+        "Unsloth: take one of these to train on a GPU"
+    )
     monkeypatch.setattr(gpu, "triton_skip_reason_or_none", lambda device: f"no {device}")
     assert gpu.cuda_backend_description() == "reference: no cuda:0"
 
