@@ -55,8 +55,8 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: hidden, weight, bias or dtype is not floating point, or labels are not int64.
-        ValueError: shapes or devices that do not fit, a sparse or nested tensor, a label outside the vocabulary, or
-            an option out of its range.
+        ValueError: shapes or devices that do not fit, a sparse or nested tensor, a label outside the vocabulary (on
+            a GPU, torch's device-side assertion), or an option out of its range.
     """
     _check_loss_options(chunk, label_smoothing, reduction, dtype)
     _check_loss_tensors(hidden, weight, labels, bias)
@@ -64,15 +64,33 @@ def linear_cross_entropy(
     if isinstance(bias, StoredTensor):
         bias = bias.dequantize()
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    counted = (targets != ignore_index).nonzero().squeeze(1)
-    targets = targets[counted]
-    _check_labels_in_vocabulary(targets, weight.shape[0])
-    function_args = rows, weight, bias, counted, targets, chunk, label_smoothing, dtype
+    counted, targets, ignored = _rows_to_compute(targets, ignore_index, weight.shape[0])
+    function_args = rows, weight, bias, counted, targets, ignored, chunk, label_smoothing, dtype
     loss: Tensor = _ChunkedCrossEntropyFunction.apply(*function_args)  # type: ignore[no-untyped-call, unused-ignore]
     if reduction == "sum":
         return loss
     # As torch, return NaN if no label counts. A division by zero would make the gradients NaN, too; torch's are zero.
+    if ignored is not None:
+        count = (~ignored).sum()
+        return loss / count.clamp_min(1) + torch.zeros_like(loss).masked_fill(count == 0, math.nan)
     return loss / len(counted) if len(counted) else loss + math.nan
+
+
+def _rows_to_compute(
+    targets: Tensor, ignore_index: int, vocabulary_size: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the numbers of the rows to compute and their labels; and where they are ignored, or None for nowhere.
+
+    On a GPU the host would wait to learn which rows have a label: all are computed, and some count for nothing.
+    """
+    if backend_of(targets).is_asynchronous:
+        ignored = targets == ignore_index
+        every = torch.arange(len(targets), dtype=torch.int64, device=targets.device)
+        return every, targets.masked_fill(ignored, 0), ignored
+    counted = (targets != ignore_index).nonzero().squeeze(1)
+    targets = targets[counted]
+    _check_labels_in_vocabulary(targets, vocabulary_size)
+    return counted, targets, None
 
 
 class _ChunkedCrossEntropyFunction(torch.autograd.Function):
@@ -86,6 +104,7 @@ class _ChunkedCrossEntropyFunction(torch.autograd.Function):
         bias: Tensor | None,
         row_indices: Tensor,
         targets: Tensor,
+        ignored: Tensor | None,
         chunk: int,
         label_smoothing: float,
         dtype: torch.dtype,
@@ -104,8 +123,15 @@ class _ChunkedCrossEntropyFunction(torch.autograd.Function):
             for start in range(0, len(row_indices), chunk):
                 at, target = row_indices[start : start + chunk], targets[start : start + chunk]
                 x = (rows[start : start + chunk] if len(row_indices) == len(rows) else rows[at]).to(dtype)
+                if ignored is not None:
+                    # Zero times NaN would be NaN in the weight's gradient
+                    x = x.masked_fill(ignored[start : start + chunk, None], 0)
                 logits = factor.logits(x, offset)  # (chunk, vocabulary)
-                loss += backend_of(logits).entropies(logits, target, label_smoothing, any(wanted[:3])).sum()
+                losses = backend_of(logits).entropies(logits, target, label_smoothing, any(wanted[:3]))
+                if ignored is not None:
+                    losses.masked_fill_(ignored[start : start + chunk], 0)
+                    logits.masked_fill_(ignored[start : start + chunk, None], 0)
+                loss += losses.sum()
                 if row_grad is not None:
                     row_grad[at] = factor.input_grad(logits).to(rows.dtype)
                 if weight_grad is not None:
@@ -132,7 +158,7 @@ class _ChunkedCrossEntropyFunction(torch.autograd.Function):
         # ``gradient`` is a 0-dimensional tensor: it neither changes the gradients' dtype nor is rounded to it first.
         # Rounding 1 / rows to bfloat16 would be off by up to 0.4%, and in float16 it could underflow.
         scaled = [None if tensor is None else tensor * gradient for tensor in ctx.saved_tensors]
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
 _CONVERTED = 2**12

@@ -18,8 +18,6 @@ FLOAT32 = {
 }
 """What multiplies in float32 in a model in bfloat16, and why."""
 WAITS = {
-    "training/chunked_cross_entropy.py: _check_labels_in_vocabulary": "labels are checked",
-    "training/chunked_cross_entropy.py: linear_cross_entropy": "rows without a label are not computed",
     "training/activation_compression.py: quantize_activation": "tensors that lose too much stay uncompressed",
     "kernels/codes_8bit.py: encode_8bit": "the same",
 }

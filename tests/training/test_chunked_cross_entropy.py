@@ -8,6 +8,7 @@ from torch.nn import functional
 from lowmem import FourBit, Half, StoredTensor, convert, kernels, linear_cross_entropy
 from lowmem.measure import PeakMemory
 from lowmem.training.chunked_cross_entropy import default_loss_matmul_dtype
+from tests.gpu_steps import gpu_backend_on_cpu, record
 from tests.selection import covering
 
 WIDTH, VOCABULARY = 24, 50
@@ -270,3 +271,50 @@ def test_a_weight_of_another_dtype_is_converted_in_parts(trains):
             if got is not None:  # logits and their gradient are rounded to bfloat16, of numbers below 16
                 assert (got.double() - one.grad).norm() <= 0.03 * one.grad.norm()
         hidden.grad = None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("ignored", [slice(0, 0), slice(3, 9), slice(None)], ids=["none", "some", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_no_label_is_read_and_values_and_gradients_are_those_of_torch(dtype, ignored, reduction):
+    """Its backend serves the CPU: rows without a label are computed, and count for nothing, also if they are NaN."""
+    torch.manual_seed(0)
+    labels = torch.randint(0, 11, (20,))
+    labels[ignored] = -100
+    results = []
+    for of_torch in (True, False):
+        torch.manual_seed(1)
+        hidden, weight, bias = (torch.randn(*shape).to(dtype).requires_grad_() for shape in ((20, 6), (11, 6), (11,)))
+        options = {"label_smoothing": 0.1, "reduction": reduction}
+        if of_torch:
+            logits = functional.linear(hidden.double(), weight.double(), bias.double())
+            loss = functional.cross_entropy(logits, labels, **options)
+            loss.backward()
+        else:
+            losses = []
+
+            def run(hidden=hidden, weight=weight, bias=bias, options=options, losses=losses):
+                losses.append(linear_cross_entropy(hidden, weight, labels, bias=bias, chunk=8, **options))
+                losses[0].backward()
+
+            assert not record(run).waits
+            (loss,) = losses
+        results.append([loss.detach().double(), *(one.grad.double() for one in (hidden, weight, bias))])
+    for expected, found in zip(*results, strict=True):
+        bound = 2e-5 if dtype is torch.float32 else 3e-2
+        torch.testing.assert_close(found, expected, rtol=bound, atol=bound, equal_nan=True)
+
+
+def test_on_a_gpu_a_row_without_a_label_that_is_nan_changes_nothing():
+    hidden = torch.randn(9, 6)
+    hidden[4] = torch.nan
+    hidden.requires_grad_()
+    labels, weight = torch.arange(9), torch.randn(11, 6, requires_grad=True)
+    labels[4] = -100
+    with gpu_backend_on_cpu():
+        loss = linear_cross_entropy(hidden, weight, labels)
+        loss.backward()
+    assert loss.isfinite()
+    assert hidden.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+    assert not hidden.grad[4].any()
