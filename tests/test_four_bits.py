@@ -74,13 +74,15 @@ def test_the_codes_are_those_of_lowmem(seed, rows, blocks, exponent, outlier):
     weight *= torch.randint(0, 2, (rows, blocks), generator=generator).repeat_interleave(64, 1)  # blocks of zeros
     if outlier:
         weight[0, 0] = 1000.0
-    layer = nn.Linear(64 * blocks, rows, bias=False)
-    layer.weight = nn.Parameter(weight)
-    stored = lowmem.convert(layer, lowmem.FourBit("nf4")).quantized
-    packed, counts, row = QLORA["quantize"](weight)
-    assert torch.equal(packed.flatten(1), stored.packed)
-    assert torch.equal(torch.cat([counts, row.view(torch.uint8)], 1), stored.scales)
-    assert torch.equal(QLORA["dequantize"](packed, counts, row), stored.dequantize())
+    for _ in range(2):  # the second time with weights whose scales are whole counts
+        layer = nn.Linear(64 * blocks, rows, bias=False)
+        layer.weight = nn.Parameter(weight)
+        stored = lowmem.convert(layer, lowmem.FourBit("nf4")).quantized
+        packed, counts, row = QLORA["quantize"](weight)
+        assert torch.equal(packed.flatten(1), stored.packed)
+        assert torch.equal(torch.cat([counts, row.view(torch.uint8)], 1), stored.scales)
+        weight = stored.dequantize()
+        assert torch.equal(QLORA["dequantize"](packed, counts, row), weight)
 
 
 RANK, ALPHA, RATE, STEPS = 2, 4, 0.2, 12
