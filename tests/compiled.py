@@ -31,7 +31,7 @@ def at(names: Iterable[str]) -> pytest.MarkDecorator:
 # Every ISA serves every product. Those that are not named compute it with the source of one that is.
 compiled = at(["portable", "neon", "avx2", "avx512"])  # products of float32 and float16; rows
 compiled_bfloat16 = at(["portable", "neon", "avx2", "avx512", "avx512bf16", "avx512amx"])
-compiled_int8 = at(["portable", "neon", "avx2", "avx512vnni"])
+compiled_int8 = at(["portable", "neon", "avx2", "avxvnni", "avx512", "avx512vnni"])
 bound = at([*ISAS[:1], *ISAS[-1:]])  # how C is called, which is one source: the slowest and the fastest
 
 # The largest batches that are taken in one way, or are a step of one, at some ISA; each with its neighbours.
@@ -44,7 +44,6 @@ given_stored = (  # a matrix and how it is stored: weight, format, block size, s
     strategies.short_blocks,
     strategies.encodings,
 )
-given_stored_in_4_bits = (given_stored[0], strategies.four_bit_formats, *given_stored[2:])
 
 
 @contextmanager
@@ -121,7 +120,7 @@ def assert_close_in(dtype: torch.dtype, got: torch.Tensor, x: torch.Tensor, dens
     magnitudes = x.double().abs() @ dense.double().abs().t()
     factors = 2 * of_one + of_one**2 + gamma(terms + 32) if dtype == torch.bfloat16 else gamma(roundings(terms))
     tiny = torch.finfo(dtype).smallest_normal * (1 + x.double().abs().sum(1, keepdim=True))  # subnormals count as 0
-    if dtype == torch.bfloat16 and backend_for().name == "avx2":
+    if dtype == torch.bfloat16 and backend_for().name in ("avx2", "avxvnni"):
         tiny = tiny + 2.0**-14 * x.double().abs().amax(1, keepdim=True) * dense.double().abs().sum(1)
     allowed = (1 + of_one) * (factors * magnitudes + tiny) + of_one * expected.abs()
     assert got.dtype == dtype

@@ -12,7 +12,7 @@ from lowmem.quant.quantize_tensor import quantize
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
 TABLE = re.compile(r"(?<=<!-- plan -->\n).*?(?=<!-- end -->)", re.DOTALL)
-ISAS = ("portable", "neon", "avx2", "avx512", "avx512vnni", "avx512bf16", "avx512amx")
+ISAS = ("portable", "neon", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "avx512amx")
 MOST = 2048  # rows of an input: no plan changes beyond
 PRODUCTS = {"linear": "x @ W.T", "linear_inputs8": "x @ W.T in int8", "input_grad": "grad @ W"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -20,7 +20,8 @@ WEIGHTS = {  # blocks of 16, 32, 64 and 128 are whole parts of a group of 128 co
     "4-bit, blocks of 16 to 128": quantize(torch.zeros(1, 64), "nf4", block_size=64),
     "4-bit, other multiples of 8": quantize(torch.zeros(1, 256), "nf4", block_size=256),
     "4-bit, other blocks": quantize(torch.zeros(1, 12), "nf4", block_size=12),
-    "8-bit, multiples of 16": quantize(torch.zeros(1, 64), "int8"),
+    "8-bit, blocks of 16 to 128": quantize(torch.zeros(1, 64), "int8"),
+    "8-bit, other multiples of 16": quantize(torch.zeros(1, 48), "int8", block_size=48),
     "8-bit, other blocks": quantize(torch.zeros(1, 12), "int8", block_size=12),
     "bfloat16": torch.zeros(1, 1, dtype=torch.bfloat16),
     "float16": torch.zeros(1, 1, dtype=torch.float16),
@@ -50,7 +51,7 @@ def cell(found: list[tuple[int, str]]) -> str:
 
 
 def plans(kernel: CpuBackend) -> dict[tuple[str, str, str], str]:
-    """Return the cell of each product, weight and dtype of the input that an ISA has a kernel for."""
+    """Return the cell of each product, weight and dtype of an input that an ISA computes, also by inheritance."""
     made = {
         (product, weight, dtype): cell(ranges(kernel, stored, given, operation))
         for operation, product in PRODUCTS.items()
@@ -74,6 +75,14 @@ def lines(name: str, cells: dict[tuple[str, str, str], str]) -> list[str]:
     return found
 
 
+def is_own(kernel: CpuBackend, key: tuple[str, str, str]) -> bool:
+    """Whether a kernel of the ISA's own table computes a product for some number of rows."""
+    product, weight, dtype = key
+    (operation,) = (name for name, text in PRODUCTS.items() if text == product)
+    asked = (kernel.tried_kernels(WEIGHTS[weight], rows, DTYPES[dtype], operation) for rows in (1, MOST))
+    return any(plan[-1][0] == kernel.name for plan in asked if plan)
+
+
 def extended(kernel: CpuBackend) -> str:
     """Return the ISA that a kernel's ISA extends, or an empty text: the plan asks its kernels next."""
     asked = kernel.tried_kernels(
@@ -93,7 +102,8 @@ def drawn(page: str) -> str:
     for name in ISAS:
         if name in made:
             inherited = made.get(extended(isas[name]), {})
-            table += lines(name, {key: text for key, text in made[name].items() if text != inherited.get(key)})
+            own = {key for key, text in made[name].items() if text != inherited.get(key) or is_own(isas[name], key)}
+            table += lines(name, {key: text for key, text in made[name].items() if key in own})
         else:
             table += [line for line in page.splitlines() if line.startswith(f"| {name} |")]
     return "\n".join(table) + "\n"

@@ -46,7 +46,7 @@ __all__ = [
     "temporary_cpu_backend",
 ]
 
-# Reference, portable, neon, avx2, avx512, avx512vnni, avx512bf16 or avx512amx
+# Reference, portable, neon, avx2, avxvnni, avx512, avx512vnni, avx512bf16 or avx512amx
 VARIABLE = "LOWMEM_KERNEL"
 PROVIDERS = (reference, cpu)
 """Modules with a function ``cpu_backends_and_description()``. It returns the CPU's backends that can run here, the

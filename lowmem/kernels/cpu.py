@@ -507,9 +507,7 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
             return None
         form = get_format(weight.format)
         points, levels = 0 if form.bits == 4 else form.divisor, form.levels
-        if cache_key in (_IN_INT8, _BASE_IN_INT8):
-            if form.bits == 8:
-                return None
+        if cache_key in (_IN_INT8, _BASE_IN_INT8) and form.bits == 4:
             points, levels = int8_rounding.step_count_and_rounded_levels(levels)
         handle = self.native.prepare(
             self._order(self._isa, columns, weight.block_size),

@@ -254,7 +254,7 @@ def embedding_and_output_technique(technique: FourBit) -> EightBit | FourBit:
     if technique.embeddings == "4bit":
         return technique
     dtype = technique.compute_dtype
-    # No kernel multiplies 8-bit codes in int8
+    # Logits are not rounded: what int8 was measured to lose is without it
     dtype = None if dtype is torch.int8 else dtype
     return EightBit(compute_dtype=dtype, format="q8_0" if technique.embeddings == "q8_0" else "int8")
 

@@ -13,8 +13,9 @@ from lowmem import FORMATS, EightBit, FourBit, LoRA, convert, kernels, measure, 
 from lowmem.kernels import int8_rounding
 from lowmem.nn.fold import unadapted_shallow_copy
 from lowmem.quant.backend import backend_for
+from lowmem.quant.formats import get_format
 from tests import strategies
-from tests.compiled import EDGES, compiled_int8, exact_product, given_stored_in_4_bits
+from tests.compiled import EDGES, ISAS, compiled_int8, exact_product, given_stored
 from tests.rounding import OF_4_BITS, assert_product
 from tests.selection import covering
 
@@ -24,7 +25,10 @@ kernel = pytest.mark.usefixtures("poisoned", "only_c")
 
 
 def with_rounded_levels(weight):
-    return weight.restore(slice(None), int8_rounding.step_count_and_rounded_levels(FORMATS[weight.format].levels)[1])
+    """What the weight stands for; the levels of 8 bits are multiples of a step already."""
+    form = get_format(weight.format)
+    levels = None if form.bits == 8 else int8_rounding.step_count_and_rounded_levels(form.levels)[1]
+    return weight.restore(slice(None), levels)
 
 
 def int8_product(x, weight, bias=None):
@@ -100,7 +104,7 @@ def test_levels_that_lie_on_a_grid_stay_as_they_are():
 
 @kernel
 @compiled_int8
-@given(*given_stored_in_4_bits, batches, dtypes, st.booleans(), strategies.seeds)
+@given(*given_stored, batches, dtypes, st.booleans(), strategies.seeds)
 def test_products_are_those_of_rounded_inputs(isa, weight, form, size, scales, batch, dtype, with_bias, seed):
     q = quantize(weight, form, block_size=size, scales=scales)
     generator = torch.Generator().manual_seed(seed)
@@ -111,11 +115,11 @@ def test_products_are_those_of_rounded_inputs(isa, weight, form, size, scales, b
 
 
 @lru_cache(maxsize=1)  # ISAs come one after the other
-def around_whole_panels(size, shape):
-    """16 inputs make a panel, 16 rows and 128 columns what is dequantized at a time, 8192 columns what is packed."""
+def around_whole_tiles(size, shape):
+    """Up to 16 rows and 128 columns make a tile, 8192 columns are packed at a time."""
     rows, columns = shape
     generator, cases = torch.Generator().manual_seed(rows), []
-    for form in ("int4", "bof4s"):
+    for form in ("int4", "bof4s", "int8"):
         q = quantize(strategies.make_weight("normal", shape, 0, 1), form, block_size=size)
         for batch in (*EDGES, 300):
             for dtype in (torch.float32, torch.bfloat16):
@@ -132,10 +136,40 @@ def around_whole_panels(size, shape):
     size=[8, 16, 24, 32, 64, 72, 128, 256, 4096],
     shape=[(1, 1), (16, 128), (37, 127), (9, 9000), (130, 1300), (33, 129)],
 )
-def test_around_whole_panels_groups_and_parts(isa, size, shape):
-    for q, x, exact, allowed in around_whole_panels(size, shape):
+def test_around_whole_tiles_and_parts(isa, size, shape):
+    for q, x, exact, allowed in around_whole_tiles(size, shape):
         with kernels.temporary_cpu_backend(isa):
             assert_within(kernels.linear(x, q, torch.int8), x, exact, allowed)
+
+
+@kernel
+@compiled_int8
+@covering(form=["int4", "nf4", "iq4_nl", "int8", "q8_0"], size=[16, 32, 64, 128], batch=[1, 3, 8, 9, 40])
+def test_the_largest_codes_times_the_largest_inputs_are_exact(isa, form, size, batch):
+    """Sums of two or four products in 16 bits are as large as they can be, of either sign: none saturates."""
+    signs = torch.ones(6, 384)
+    signs[1], signs[2, ::2], signs[3, 1::2], signs[4, 64:] = -1, -1, -1, -1
+    q = quantize(signs, form, block_size=size, scales="float32")
+    if form == "q8_0":  # -128, which no quantizer writes and a file may hold
+        q.packed[5] = 0
+    x = signs[:5].repeat(8, 1)[:batch] * 2.0**-7
+    expected = x.double() @ with_rounded_levels(q).double().t()
+    with kernels.temporary_cpu_backend(isa):
+        got = kernels.linear(x, q, torch.int8)
+    assert ((got.double() - expected).abs() <= 8 * 2.0**-24 * expected.abs().amax()).all()
+
+
+@pytest.mark.skipif(len(ISAS) < 2, reason="the kernel of one ISA is compiled here")
+@covering(form=["q4_0", "bof4s", "int8"], size=[16, 64], dtype=[torch.float32, torch.bfloat16])
+def test_isas_that_fuse_multiplication_and_addition_give_the_same_bits(form, size, dtype):
+    """Block sums are exact, and a tile's rows lie in the lanes: floats are added in one order, whatever the lanes."""
+    q = quantize(strategies.make_weight("normal", (45, 330), 0, 0), form, block_size=size)
+    for batch in (9, 16, 40):
+        x, made = torch.randn(batch, 330).to(dtype), []
+        for isa in ISAS[1:]:
+            with kernels.temporary_cpu_backend(isa):
+                made.append(kernels.linear(x, q, torch.int8))
+        assert all(torch.equal(made[0], other) for other in made[1:])
 
 
 @kernel
@@ -162,7 +196,7 @@ def test_inputs_of_every_size_and_what_is_not_finite(isa, batch):
 @covering(batch=[1, 8, 9, 40])
 def test_weights_of_every_size(isa, batch):
     """The sum of a block is as large as 2^22 before its scale and its input's unit are applied."""
-    for exponent, form in product((-110, 95, 110, 120), ("int4", "nf4")):
+    for exponent, form in product((-110, 95, 110, 120), ("int4", "nf4", "int8")):
         weight = strategies.make_weight("normal", (45, 330), 0, 0) * 2.0**exponent
         q = quantize(weight, form, scales="float32", block_size=64)
         x = torch.randn(batch, 330, generator=torch.Generator().manual_seed(batch)) * 2.0 ** -(exponent // 2)
@@ -278,7 +312,6 @@ def test_an_adapter_trains_on_it():
 
 
 def test_weights_in_8_bits_are_multiplied_as_they_are_with_rounded_inputs():
-    """In plain torch: C has no product of 8 times 8 bits, and every backend says the same."""
     layer, x = convert(torch.nn.Linear(300, 33), EightBit(compute_dtype=torch.int8)), torch.randn(5, 300)
     rounded, weight = int8_rounding.round_inputs_to_int8_grid(x, 64), layer.quantized.restore(slice(None))
     for name in kernels.available_cpu_backend_names():

@@ -116,7 +116,7 @@ def test_offsets_of_wide_inputs_are_added_once(batch, dtype):
 
 def rounding_in(isa, x, without_offsets):
     """What levels in bfloat16, or inputs of 14 bits, change of a product, at an ISA that has them for few inputs."""
-    if x.dtype != torch.bfloat16 or isa not in ("avx2", "avx512bf16", "avx512amx"):
+    if x.dtype != torch.bfloat16 or isa not in ("avx2", "avxvnni", "avx512bf16", "avx512amx"):
         return 0
     inputs, weights = x.double().abs(), without_offsets.abs().T
     of_levels, of_inputs = unit(x.dtype) * inputs @ weights, 2.0**-14 * inputs.amax(1, keepdim=True) * weights.sum(0)

@@ -112,6 +112,9 @@ static inline W word_of(const void *p)
     return _mm512_set1_epi32(word);
 }
 
+static inline W steps_load(const uint8_t *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p)); }
+#define steps_lookup _mm512_shuffle_epi8
+
 #define FUSED_BATCH 24
 #define FUSED_INPUTS 12
 #define MANY_VECTORS 2

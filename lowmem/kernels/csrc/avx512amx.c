@@ -20,6 +20,6 @@ static const struct kernel kernels[] = {
 };
 
 /* This does not extend avx512bf16: with AMX, processors take two cycles for a vdpbf16ps, as long as for four FMA. */
-const struct isa isa_avx512amx = {.name = "avx512amx", .lanes = LANES, .extends = &isa_avx512vnni, .kernels = kernels};
+const struct isa isa_avx512amx = {.name = "avx512amx", .lanes = LANES, .extends = &isa_avx512vnni, .kernels = kernels, .inputs8_zero = 128};
 END_TARGET
 #endif

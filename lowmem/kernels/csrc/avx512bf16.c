@@ -20,6 +20,6 @@ static const struct kernel kernels[] = {
     {NULL},
 };
 
-const struct isa isa_avx512bf16 = {.name = "avx512bf16", .lanes = LANES, .extends = &isa_avx512vnni, .kernels = kernels};
+const struct isa isa_avx512bf16 = {.name = "avx512bf16", .lanes = LANES, .extends = &isa_avx512vnni, .kernels = kernels, .inputs8_zero = 128};
 END_TARGET
 #endif

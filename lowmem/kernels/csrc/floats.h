@@ -5,6 +5,9 @@
 #include "columns.h"
 #include "entropy.h"
 #include "gated.h"
+#ifdef QUADS
+#include "inputs8.h"
+#endif
 #include "norm.h"
 #include "saved8.h"
 #include "steps.h"
@@ -17,6 +20,9 @@
 #endif
 
 static const struct kernel kernels[] = {
+#ifdef QUADS
+    INPUTS8_KERNELS,
+#endif
 #ifdef TORCH_FLOAT_ROWS
     {"torch", LINEAR, WHOLE | WEIGHTS8, 1 << FLOAT32, TORCH_FLOAT_ROWS, ANY_ROWS},
     {"grad_torch", INPUT_GRAD, WHOLE | WEIGHTS8, 1 << FLOAT32, TORCH_FLOAT_ROWS, ANY_ROWS},
@@ -50,6 +56,7 @@ static const struct kernel kernels[] = {
     {                                                                                                               \
         .name = isa_name, .lanes = LANES, .kernels = kernels, .dequantize = dequantize_body, .narrow = narrow_body, \
         .widen = wide_body, .quantize = quantize_body,                                                              \
+        .inputs8_zero = 0, .inputs8_shifted = INPUTS8_SHIFTED,                                                                              \
         .rows = {norm_body, gated_body, entropy_body, encode8_body, decode8_body, round_columns_body, attention_body, \
                  encode_states_body, add_body, rotate_body, compare_body},                                                                 \
     }

@@ -1,289 +1,339 @@
-/* Products in 8-bit integers: vpdpbusd adds four products of an unsigned and a signed byte per lane to a 32-bit sum,
- * exactly. GROUP columns of a row of x are rounded to signed bytes with one scale, its unit; levels are multiples of
- * a step that fit unsigned bytes (struct weight, use_inputs8 of weights.h). lowmem/kernels/int8_rounding.py defines the rounding.
+/* Products in 8-bit integers: SPAN columns of a row of x are rounded to signed bytes with one scale, its unit, and multiplied with
+ * bytes of the weight: 8-bit codes, or the steps of 4-bit levels (struct weight, use_inputs8 of weights.h).
+ * lowmem/kernels/int8_rounding.py defines the rounding. The sum of a block is exact, in 32 bits:
  *
- *   sum of level[c] * x = step * unit * (sum of steps[c] * v - 128 * sum of v),        x ~ unit * v
+ *   sum of level[c] * x = step * unit * (sum of (steps[c] - zero) * v),        x ~ unit * v
  *
- * A small batch is multiplied in registers, as in few.h. A packed group of a batch row: 64 bytes for the columns of low nibbles,
- * 64 for those of high nibbles; -128 * sum of v, per lane; and step * unit.
+ * Where an ISA multiplies unsigned with signed bytes, steps are shifted by a zero point, and the sum of a block starts with the term
+ * -zero * sum of v. Written over operations that an ISA defines in addition to those of rows.h; a quad is four bytes in a lane:
  *
- * In a larger batch, LANES rows of x form a panel and lie across the lanes, and the sum of a block starts with the term of the
- * zero point. A packed group of a panel: four columns of each batch row, first those of the low nibbles of each of LANES words,
- * then those of the high nibbles; the terms of the zero point for each block; and the units. */
+ *   steps_load(p), steps_lookup(table, index)   a table of 16 bytes, and its bytes for LANES * 4 indices below 16
+ *   IS_SHIFTED(w)               whether the steps of a weight are shifted
+ *   struct steps, steps_of(bytes, is_shifted)   bytes of a weight, made ready to be multiplied
+ *   add_products(sum, steps, x, n, is_shifted)  adds n products of quads to each lane: n is 1, 2 or QUADS
+ *   add_spread(sum, steps, x, next, n, is_shifted)  the same with quads that all lanes share: x[0] and x[1], x[next] and x[next + 1].
+ *                               Optional (OWN_SPREAD)
+ *   QUADS(is_shifted)           quads that are multiplied at a time, of a tile: 2 or 4
+ *   INPUTS8_INPUTS              batch rows that are multiplied with a tile at a time */
 #pragma once
-#include "avx512.h"
 #include "few.h"
+#include "tiled.h"
 
-/* Offsets in floats of the 32-bit sums and of the units in a packed group: of a batch row, and of a panel. */
-#define FEW_INPUTS8_SUMS (2 * LANES)
-#define FEW_INPUTS8_UNIT (FEW_INPUTS8_SUMS + LANES)
-#define INPUTS8_SUMS (2 * LANES * LANES)
-#define INPUTS8_UNITS (INPUTS8_SUMS + LANES * LANES)
-#define INPUTS8_GROUP (GROUP / 2) /* floats of a group of a batch row in a panel */
-#define INPUTS8_PANEL (INPUTS8_GROUP * LANES) /* floats of a group of a panel */
-#define INPUTS8_PANELS 3 /* most panels that are multiplied at a time: two or three with four rows, one with eight */
-#define INPUTS8_MOST 12  /* most sums at a time: they stay in registers */
-#define INPUTS8_RANGE 127.0f      /* largest integer that a number of x is rounded to */
-#define INPUTS8_LARGEST 0x1p100f /* largest number of x, and scale: a scale times the sum of a group must be finite */
-#define INPUTS8_LEAST 0x1p-60f   /* least magnitude of the largest number of a group, unless the group is all zeros */
-_Static_assert(LANES == PANEL && MOST * INPUTS8_ROWS <= SUMS_AT, "what is turned has room before the sums");
-_Static_assert(INPUTS8_UNITS + LANES <= INPUTS8_GROUP * LANES, "a panel has room for its groups");
+#define SPAN MAX_GROUP
+#define INPUTS8_BYTES 3          /* bytes of a packed column, on average */
+#define SPAN_WORDS (SPAN / 8)    /* words of 4-bit codes */
+#define SPAN_QUADS (SPAN / 4)
+/* A packed span of a batch row. First its bytes: those of the columns of low nibbles, then of high ones; or, for 8-bit codes, of all
+ * columns in their order. Then, at these offsets in floats, step * unit, and the terms of the zero point. */
+#define UNIT_AT SPAN_QUADS
+#define TERMS_AT (SPAN_QUADS + MAX_LANES)
+#define SPAN_FLOATS (SPAN / 4 * INPUTS8_BYTES)
+#define INPUTS8_RANGE 127.0f     /* largest integer that a number of x is rounded to */
+#define INPUTS8_LARGEST 0x1p100f /* largest number of x, and scale: a scale times the sum of a span must be finite */
+#define INPUTS8_LEAST 0x1p-60f   /* least magnitude of the largest number of a span, unless the span is all zeros */
+_Static_assert(TERMS_AT + SPAN_QUADS <= SPAN_FLOATS, "a packed span has room for its terms");
 
-INLINE W steps_load(const struct weight *w) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)); }
+INLINE W quads_load(const float *p) { return words_of_v(v_load(p)); }
 
-/* sum + bytes * numbers. In assembly: in long loops GCC copies each sum around the intrinsic, which takes half of the time. */
-INLINE W add_bytes(W sum, W bytes, W numbers)
+/* Steps of the low and the high nibbles of words. */
+INLINE void look_up_steps(W table, W words, struct steps *out, const int is_shifted)
 {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(numbers));
-    return sum;
+    out[0] = steps_of(steps_lookup(table, (W)((I)words & 0x0f0f0f0f)), is_shifted);
+    out[1] = steps_of(steps_lookup(table, (W)((I)words >> 4 & 0x0f0f0f0f)), is_shifted);
 }
 
-/* The steps of the low and the high nibbles of words. */
-INLINE void look_up_steps(W table, W words, W *low, W *high)
+/* 8-bit codes as bytes that are multiplied: an integer and 128, or the integer. */
+INLINE W bytes_of_codes(W codes, const int is_shifted) { return is_shifted ? codes : (W)((I)codes ^ 0x80808080); }
+
+#ifndef OWN_SPREAD
+INLINE W add_spread(W sum, const struct steps *w, const float *x, int64_t next, const int n, const int is_shifted)
 {
-    const W nibble = _mm512_set1_epi8(15);
-    *low = _mm512_shuffle_epi8(table, _mm512_and_si512(words, nibble));
-    *high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(words, 4), nibble));
+    W quads[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < n; k++)
+        quads[k] = (W)((I){0} + bits_of(x[k % 2 + k / 2 * next]));
+    return add_products(sum, w, quads, n, is_shifted);
+}
+#endif
+
+/* Vectors of quads of 8-bit codes whose sums have one scale in each lane. */
+INLINE int vectors_of_block(const struct weight *w) { return w->half > 2 * LANES ? (int)w->half / (2 * LANES) : 1; }
+
+/* The terms of the zero point: for few_inputs8 in the lanes where the products are, for tiles of each block. */
+INLINE void put_terms(const struct weight *w, const float *bytes, const int is_few, float *out)
+{
+    int32_t sums[SPAN_QUADS], terms[SPAN_QUADS] = {0};
+    const struct steps one = steps_of((W)((I){0} + 0x01010101), 1);
+    for (int q = 0; q < SPAN_QUADS; q += LANES) {
+        const W quads = quads_load(bytes + q), sum = add_products((W){0}, &one, &quads, 1, 1);
+        memcpy(sums + q, &sum, sizeof sum);
+    }
+    const int block = (int)w->half / (w->levels ? 4 : 2), run = vectors_of_block(w); /* block: in words, or in quads of 8-bit codes */
+    for (int q = 0; q < SPAN_QUADS; q++) {
+        const int word = w->levels ? q % SPAN_WORDS : q;
+        const int at = !is_few ? word / block : w->levels ? word : q / (run * LANES) * LANES + q % LANES;
+        terms[at] -= w->inputs8_zero * sums[q];
+    }
+    memcpy(out, terms, sizeof terms);
 }
 
-/* As few, in 8-bit integers. */
-INLINE void few_inputs8(const struct job *job, int64_t r, const int R, const int M, V *out)
+/* Pack SPAN columns of batch row m from column `first` on. Returns 0 if a number is too large or not finite, or if all are too small. */
+INLINE int pack_span(const struct job *job, int64_t m, int64_t first, const int is_few, float *out, const int type)
 {
     const struct weight *w = job->weight;
-    const float *x = job->packed;
-    const W table = steps_load(w);
-    struct reading at;
-    V acc[FEW_SUMS];
-    begin_reading(&at, w, r, job->g0, R);
-    EACH_ROW EACH_INPUT acc[AT] = v_zero();
-    for (int64_t g = job->g0; g < job->g1; g++, x += M * GROUP) {
-        W lows[4], highs[4];
-        read_group(&at, w, r, g, R);
-        EACH_ROW look_up_steps(table, at.words[i], lows + i, highs + i);
-        /* Products of different rows alternate: chains of dependent products would fill the queues of waiting operations. */
-        EACH_INPUT {
-            const float *of = x + j * GROUP;
-            const W low = _mm512_loadu_si512(of), high = _mm512_loadu_si512(of + LANES);
-            const W offset = _mm512_loadu_si512(of + FEW_INPUTS8_SUMS);
-            const V unit_of_input = v_set1(of[FEW_INPUTS8_UNIT]);
-            W sum[4];
-            EACH_ROW sum[i] = _mm512_dpbusd_epi32(offset, lows[i], low);
-            EACH_ROW sum[i] = _mm512_dpbusd_epi32(sum[i], highs[i], high);
-            EACH_ROW acc[AT] = v_fma(v_mul(_mm512_cvtepi32_ps(sum[i]), unit_of_input), at.scale[i], acc[AT]);
-        }
+    const int64_t from = m * w->columns + first, left = w->columns - first;
+    uint8_t bytes[SPAN];
+    V x[SPAN / LANES];
+    I most = {0};
+    uint32_t of_lanes[LANES], largest_bits = 0;
+#pragma GCC unroll 32
+    for (int n = 0; n < SPAN / LANES; n++) {
+        x[n] = left >= SPAN ? load_as(job->x, type, from + n * LANES) : load_some(job->x, type, from + n * LANES, left - n * LANES);
+        const I magnitude = (I)x[n] & 0x7fffffff;
+        most = (I)v_where((I)((N)magnitude > (N)most), (V)magnitude, (V)most);
     }
-    EACH_ROW EACH_INPUT out[j * LANES + i] = acc[AT];
-}
-
-/* Positions in to_inputs8_group of quads (four columns each), given their numbers in the order of a group's columns. */
-INLINE W four_at(W four)
-{
-    const W three = _mm512_set1_epi32(3);
-    const W quarter = _mm512_and_si512(_mm512_srli_epi32(four, 2), three), in_quarter = _mm512_and_si512(four, three);
-    return _mm512_or_si512(_mm512_and_si512(four, _mm512_set1_epi32(16)), _mm512_or_si512(_mm512_slli_epi32(in_quarter, 2), quarter));
-}
-
-/* Convert the GROUP numbers x to the bytes, sums and unit of a group. `run` quads of four columns belong to low nibbles, the next
- * `run` to high ones. Returns 0 if a number is too large or not finite, or if all are too small. */
-INLINE int to_inputs8_group(const struct weight *w, const V *x, const int run, float *group)
-{
-    const W magnitude = _mm512_set1_epi32(0x7fffffff);
-    W most = _mm512_setzero_si512();
-    for (int i = 0; i < 8; i++)
-        most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(x[i]), magnitude));
-    const float largest = float_of((uint32_t)_mm512_reduce_max_epi32(most));
+    memcpy(of_lanes, &most, sizeof most);
+    for (int i = 0; i < LANES; i++)
+        largest_bits = of_lanes[i] > largest_bits ? of_lanes[i] : largest_bits;
+    const float largest = float_of(largest_bits);
     if (!(largest <= INPUTS8_LARGEST && (largest >= INPUTS8_LEAST || largest == 0.0f)))
         return 0;
-    const V factor = v_set1(largest > 0.0f ? INPUTS8_RANGE / largest : 0.0f);
-    const W lowest = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400); /* the lowest byte of each of four words */
-    const W word = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const W fours = _mm512_add_epi32(word, _mm512_andnot_si512(_mm512_set1_epi32(run - 1), word)); /* quads of low nibbles */
-    const W lows = four_at(fours), highs = four_at(_mm512_add_epi32(fours, _mm512_set1_epi32(run)));
-    /* The bytes of 64 columns as quads: the first quad of each quarter of these columns, then the second of each, and so on. */
-    W v[8], of[2];
-    for (int i = 0; i < 8; i++)
-        v[i] = _mm512_shuffle_epi8(_mm512_cvtps_epi32(v_mul(x[i], factor)), lowest);
-    for (int i = 0; i < 2; i++)
-        of[i] = _mm512_unpacklo_epi64(_mm512_unpacklo_epi32(v[4 * i], v[4 * i + 1]), _mm512_unpacklo_epi32(v[4 * i + 2], v[4 * i + 3]));
-    const W low = _mm512_permutex2var_epi32(of[0], lows, of[1]), high = _mm512_permutex2var_epi32(of[0], highs, of[1]);
-    const W one = _mm512_set1_epi8(1), sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), one, low), one, high);
-    _mm512_storeu_si512(group, low);
-    _mm512_storeu_si512(group + LANES, high);
-    _mm512_storeu_si512(group + FEW_INPUTS8_SUMS, _mm512_mullo_epi32(sum, _mm512_set1_epi32(-INPUTS8_ZERO)));
-    group[FEW_INPUTS8_UNIT] = largest / INPUTS8_RANGE * w->inputs8_step;
+    /* Adding 1.5 * 2^23 rounds to an integer, whose lowest byte is that of the sum. */
+    const V factor = v_set1(largest > 0.0f ? INPUTS8_RANGE / largest : 0.0f), round = v_set1(0x1.8p23f);
+    typedef uint8_t Q __attribute__((vector_size(LANES)));
+#pragma GCC unroll 32
+    for (int n = 0; n < SPAN / LANES; n++) {
+        const Q integers = __builtin_convertvector((I)v_add(v_mul(x[n], factor), round), Q);
+        memcpy(bytes + n * LANES, &integers, sizeof integers);
+    }
+    uint8_t *low = (uint8_t *)out, *high = low + SPAN / 2;
+    const int64_t half = w->half;
+    if (!w->levels)
+        memcpy(out, bytes, SPAN);
+    else if (left >= SPAN)
+        for (int64_t i = 0; i < SPAN / 2; i += 8) { /* halves of blocks are multiples of 8 columns */
+            memcpy(low + i, bytes + i + i / half * half, 8);
+            memcpy(high + i, bytes + i + i / half * half + half, 8);
+        }
+    else {
+        memset(out, 0, SPAN);
+        for (int64_t i = 0, c = 0; c < left; i += half, c += 2 * half) { /* the last block may be short */
+            const int64_t columns = smaller(left - c, 2 * half), lower = (columns + 1) / 2;
+            memcpy(low + i, bytes + c, (size_t)lower);
+            memcpy(high + i, bytes + c + lower, (size_t)(columns - lower));
+        }
+    }
+    out[UNIT_AT] = largest / INPUTS8_RANGE * w->inputs8_step;
+    if (w->inputs8_zero)
+        put_terms(w, out, is_few, out + TERMS_AT);
     return 1;
 }
 
-/* Where group g of batch row m is packed. */
-INLINE float *inputs8_at(const struct job *job, int64_t m, int64_t g)
-{
-    return job->packed + ((g - job->g0) * round_up(job->m1 - job->m0, LANES) + m - job->m0) * INPUTS8_GROUP;
-}
+/* Where the span of a group of columns is packed, of the first batch row; that of the next one follows. */
+INLINE float *span_at(const struct job *job, int64_t g) { return job->packed + (g - job->g0) * GROUP / SPAN * (job->m1 - job->m0) * SPAN_FLOATS; }
 
-/* Pack group g of batch row m. Returns 0 if 8-bit integers cannot represent it (see to_inputs8_group). */
-INLINE int to_inputs8(const struct job *job, int64_t m, int64_t g, float *group)
+/* Pack batch rows of a piece, a part of them; refuse the job if 8-bit integers cannot represent them. */
+INLINE void pack_inputs8(struct job *job, int64_t part, int64_t parts, const int is_few)
 {
-    const struct weight *w = job->weight;
-    const int64_t from = m * w->columns + g * GROUP, left = w->columns - g * GROUP;
-    float sorted[GROUP] = {0};
-    V x[8];
-    if (left < GROUP) { /* the end of a row: its last block may be short */
-        const int32_t *place = w->order->place + g * GROUP;
-        for (int64_t c = 0; c < left; c++) {
-            const int64_t nibble = place[c] % GROUP / LANES, word = place[c] % LANES;
-            sorted[word * 8 + nibble % 2 * 4 + nibble / 2] = read_as_float(job->x, job->type, from + c);
-        }
-        EACH_VECTOR(8) x[n] = v_load(sorted + n * LANES);
-        return to_inputs8_group(w, x, 1, group);
-    }
-    EACH_VECTOR(8) x[n] = load_as(job->x, job->type, from + n * LANES);
-    return to_inputs8_group(w, x, (int)w->half / 4, group);
-}
-
-/* Pack panels of batch rows; refuse the job if 8-bit integers cannot represent them. */
-static void pack_panels_inputs8(struct job *job, int64_t part, int64_t parts, int64_t thread)
-{
-    const int64_t words = job->weight->half / 4; /* words of a block */
-    int64_t m, to;
-    share(round_up(job->m1 - job->m0, LANES), LANES, parts, part, &m, &to);
-    for (m += job->m0, to += job->m0; m < to; m += LANES)
-        for (int64_t g = job->g0; g < job->g1; g++) {
-            float of[LANES][GROUP] = {{0}}, *out = inputs8_at(job, m, g);
-            for (int64_t i = 0; i < smaller(LANES, job->m1 - m); i++)
-                if (!to_inputs8(job, m + i, g, of[i])) {
-                    refuse(job);
-                    return;
-                }
-            V v[LANES];
-            for (int half = 0; half < 2; half++) {
-                EACH_LANE v[i] = v_load(of[i] + half * LANES);
-                v_transpose(v);
-                EACH_LANE v_store(out + (half * LANES + i) * LANES, v[i]);
-            }
-            EACH_LANE v[i] = v_load(of[i] + FEW_INPUTS8_SUMS);
-            v_transpose(v);
-            for (int64_t word = 0; word < LANES; word += words) {
-                W sum = _mm512_setzero_si512();
-                for (int64_t i = word; i < word + words; i++)
-                    sum = _mm512_add_epi32(sum, words_of_v(v[i]));
-                v_store(out + INPUTS8_SUMS + word / words * LANES, v_of_words(sum));
-            }
-            for (int i = 0; i < LANES; i++)
-                out[INPUTS8_UNITS + i] = of[i][FEW_INPUTS8_UNIT];
-        }
-}
-
-/* sums (P panels, R rows, LANES) += a group of R dequantized rows times P panels. Rows and panels share what is loaded. */
-INLINE void multiply_inputs8(const float *x, const uint8_t *tile, const float *scales, const int words, const int R, const int P,
-                                 float *sums)
-{
-    const float *offset = x + INPUTS8_SUMS, *unit = x + INPUTS8_UNITS, *end = x + LANES * LANES;
-    V acc[INPUTS8_MOST];
-#define EACH_OF_ROWS _Pragma("GCC unroll 8") for (int i = 0; i < R; i++)
-#define EACH_PANEL _Pragma("GCC unroll 4") for (int j = 0; j < P; j++)
-#define OF (i * P + j)
-    EACH_OF_ROWS EACH_PANEL acc[OF] = v_zero();
-    for (; x < end; scales++, offset += LANES) {
-        W sum[INPUTS8_MOST];
-        EACH_PANEL {
-            const W first = _mm512_loadu_si512(offset + j * INPUTS8_PANEL);
-            EACH_OF_ROWS sum[OF] = first;
-        }
-        for (int word = 0; word < words; word++, x += LANES, tile += 4)
-#pragma GCC unroll 2
-            for (int high = 0; high < 2; high++) {
-                W of[INPUTS8_PANELS];
-                EACH_PANEL of[j] = _mm512_loadu_si512(x + high * LANES * LANES + j * INPUTS8_PANEL);
-                EACH_OF_ROWS {
-                    const W bytes = word_of(tile + i * GROUP + high * GROUP / 2);
-                    EACH_PANEL sum[OF] = add_bytes(sum[OF], bytes, of[j]);
-                }
-            }
-        EACH_OF_ROWS {
-            const V scale = v_set1(scales[i * LANES]);
-            EACH_PANEL acc[OF] = v_fma(_mm512_cvtepi32_ps(sum[OF]), scale, acc[OF]);
-        }
-    }
-    EACH_OF_ROWS EACH_PANEL {
-        float *to = sums + (j * INPUTS8_ROWS + i) * LANES;
-        v_store(to, v_fma(acc[OF], v_load(unit + j * INPUTS8_PANEL), v_load(to)));
-    }
-}
-
-/* The steps of the codes of a group, (INPUTS8_ROWS, GROUP), and its scales, (INPUTS8_ROWS, LANES). Refuses too large scales. */
-INLINE void steps_inputs8(const struct job *job, int64_t r, int64_t g, const float *units, uint8_t *tile, float *scales)
-{
-    const struct weight *w = job->weight;
-    const W table = steps_load(w);
-    const int64_t first = g * LANES * 4 / w->half;
-    for (int64_t i = 0; i < INPUTS8_ROWS; i++) {
-        const int64_t row = smaller(r + i, w->rows - 1);
-        const V unit = v_set1(units[i]);
-        V stored;
-        W low, high;
-        prefetch(w->packed + (r + INPUTS8_ROWS + i) * w->row_bytes + g * LANES * 4);
-        look_up_steps(table, words_of_group(w, row, g), &low, &high);
-        _mm512_storeu_si512(tile + i * GROUP, low);
-        _mm512_storeu_si512(tile + i * GROUP + GROUP / 2, high);
-        few_scales(w, row, first, 1, &unit, &stored);
-        if (w->encoding == SCALES_FLOAT32 && _mm512_cmp_ps_mask(_mm512_abs_ps(stored), v_set1(INPUTS8_LARGEST), _CMP_NLE_UQ))
-            refuse(job);
-        v_store(scales + i * LANES, stored);
-    }
-}
-
-/* x @ W.T by panels, for a part of the rows. */
-static void panels_inputs8_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
-{
-    const struct weight *w = job->weight;
-    const int64_t batch = round_up(job->m1 - job->m0, LANES);
-    const int words = (int)w->half / 4; /* words of a block */
-    float *own = job->own + thread * job->own_floats, *sums = own + SUMS_AT, *turned = own;
-    float units[INPUTS8_ROWS] = {0}, scales[INPUTS8_ROWS * LANES];
-    uint8_t tile[INPUTS8_ROWS * GROUP];
-    int64_t r, to;
-    share(w->rows, INPUTS8_ROWS, parts, part, &r, &to);
-    for (; r < to && !is_refused(job); r += INPUTS8_ROWS) {
-        memset(sums, 0, (size_t)(batch * INPUTS8_ROWS) * sizeof(float));
-        for (int i = 0; w->encoding >= SCALES_DOUBLE && i < INPUTS8_ROWS; i++)
-            units[i] = row_scale(w, smaller(r + i, w->rows - 1)) / row_steps(w);
-        for (int64_t g = job->g0; g < job->g1; g++) {
-            steps_inputs8(job, r, g, units, tile, scales);
-            const float *x = inputs8_at(job, job->m0, g);
-#define ROWS_WITH_PANELS(R, P)                                                                                  \
-    for (int i = 0; i < INPUTS8_ROWS; i += R)                                                                      \
-        multiply_inputs8(x + m * INPUTS8_GROUP, tile + i * GROUP, scales + i * LANES, words, R, P,             \
-                             sums + m * INPUTS8_ROWS + i * LANES)
-            for (int64_t m = 0, left; (left = (batch - m) / LANES) > 0; m += smaller(left, INPUTS8_PANELS) * LANES)
-                if (left == 1)
-                    ROWS_WITH_PANELS(8, 1);
-                else if (left == 2)
-                    ROWS_WITH_PANELS(4, 2);
-                else
-                    ROWS_WITH_PANELS(4, 3);
-        }
-        for (int64_t m = 0; m < batch; m += LANES)
-            turn(sums + m * INPUTS8_ROWS, INPUTS8_ROWS, turned + m * INPUTS8_ROWS);
-        put_rows(job, r, smaller(INPUTS8_ROWS, to - r), INPUTS8_ROWS / LANES, turned);
-    }
-}
-
-/* Pack a small batch, (groups, batch rows, GROUP floats); refuse the job if 8-bit integers cannot represent it. */
-static void pack_few_inputs8(struct job *job, int64_t part, int64_t parts, int64_t thread)
-{
-    const int64_t batch = job->m1 - job->m0;
-    for (int64_t g = job->g0; g < job->g1; g++)
-        for (int64_t m = 0; m < batch; m++)
-            if (!to_inputs8(job, job->m0 + m, g, job->packed + ((g - job->g0) * batch + m) * GROUP)) {
+    int64_t from, to;
+    share(job->m1 - job->m0, 1, parts, part, &from, &to);
+    for (int64_t g = job->g0; g < job->g1; g += SPAN / GROUP)
+        for (int64_t m = from; m < to; m++)
+            if (!OF_TYPE(job->type, pack_span, job, job->m0 + m, g * GROUP, is_few, span_at(job, g) + m * SPAN_FLOATS)) {
                 refuse(job);
                 return;
             }
 }
+static void pack_few_inputs8(struct job *job, int64_t part, int64_t parts, int64_t thread) { pack_inputs8(job, 0, 1, 1); }
+static void pack_tiles_inputs8(struct job *job, int64_t part, int64_t parts, int64_t thread) { pack_inputs8(job, part, parts, 0); }
 
-ROWS_WITH_MORE(rows_inputs8, FEW_ROWS, few_inputs8)
+/* As few, in 8-bit integers. */
+INLINE void few_inputs8(const struct job *job, int64_t r, const int R, const int M, V *out, const int is_shifted)
+{
+    const struct weight *w = job->weight;
+    const float *x = job->packed;
+    const W table = steps_load(w->steps);
+    struct reading at;
+    V acc[FEW_SUMS];
+    begin_reading(&at, w, r, job->g0, R);
+    EACH_ROW EACH_INPUT acc[AT] = v_zero();
+    for (int64_t g = job->g0; g < job->g1; x += M * SPAN_FLOATS)
+        for (int n = 0; n < SPAN_WORDS; n += LANES, g++) {
+            struct steps of[4][2];
+            read_group(&at, w, r, g, R);
+            EACH_ROW look_up_steps(table, at.words[i], of[i], is_shifted);
+            EACH_INPUT {
+                const float *p = x + j * SPAN_FLOATS + n;
+                const W quads[2] = {quads_load(p), quads_load(p + SPAN_WORDS)};
+                const W start = is_shifted ? quads_load(p + TERMS_AT) : (W){0};
+                const V unit_of_input = v_set1(x[j * SPAN_FLOATS + UNIT_AT]);
+                EACH_ROW {
+                    const W sum = add_products(start, of[i], quads, 2, is_shifted);
+                    acc[AT] = v_fma(v_mul(__builtin_convertvector((N)sum, V), unit_of_input), at.scale[i], acc[AT]);
+                }
+            }
+        }
+    EACH_ROW EACH_INPUT out[j * LANES + i] = acc[AT];
+}
+
+/* The same with 8-bit codes. */
+INLINE void few_inputs8_weights8(const struct job *job, int64_t r, const int R, const int M, V *out, const int is_shifted)
+{
+    const struct weight *w = job->weight;
+    const int64_t end = smaller(w->columns, job->g1 * GROUP), size = 2 * w->half;
+    const uint8_t *rows = w->packed + r * w->row_bytes;
+    const float *x = job->packed;
+    const int run = vectors_of_block(w);
+    float scales[4][2 * MAX_LANES] = {{0}}; /* of LANES blocks from `first` on, and room to read vectors from any of them */
+    int32_t block_of_lane[LANES];
+    V acc[FEW_SUMS];
+    EACH_ROW EACH_INPUT acc[AT] = v_zero();
+    for (int i = 0; i < LANES; i++)
+        block_of_lane[i] = (int32_t)(4 * i / size);
+    int64_t c = job->g0 * GROUP, first = c / size - LANES;
+    for (; c < end; x += M * SPAN_FLOATS)
+        for (int n = 0; n < SPAN_QUADS && c < end;) {
+            const int64_t block = c / size;
+            const int start = TERMS_AT + n / run;
+            W sum[FEW_SUMS];
+            if (block >= first + LANES) {
+                first = block;
+                EACH_ROW row_scales(w, r + i, first, smaller(LANES, w->blocks - first), scales[i]);
+            }
+            EACH_INPUT EACH_ROW sum[AT] = is_shifted ? quads_load(x + j * SPAN_FLOATS + start) : (W){0};
+            for (const int stop = n + run * LANES; n < stop; n += LANES, c += 4 * LANES) {
+                struct steps of[4];
+                EACH_ROW {
+                    prefetch(rows + (i + 8 * R) * w->row_bytes + c);
+                    of[i] = steps_of(bytes_of_codes(words_load(rows + i * w->row_bytes + c, w->columns - c), is_shifted), is_shifted);
+                }
+                EACH_INPUT {
+                    const W quads = quads_load(x + j * SPAN_FLOATS + n);
+                    EACH_ROW sum[AT] = add_products(sum[AT], of + i, &quads, 1, is_shifted);
+                }
+            }
+            EACH_ROW {
+                const V scale = v_spread(v_load(scales[i] + block - first), block_of_lane);
+                EACH_INPUT {
+                    const V unit_of_input = v_set1(x[j * SPAN_FLOATS + UNIT_AT]);
+                    acc[AT] = v_fma(v_mul(__builtin_convertvector((N)sum[AT], V), unit_of_input), scale, acc[AT]);
+                }
+            }
+        }
+    EACH_ROW EACH_INPUT out[j * LANES + i] = acc[AT];
+}
+
+ROWS_WITH_MORE(rows_inputs8, FEW_ROWS, few_inputs8, , 0)
+ROWS_WITH_MORE(rows_inputs8_shifted, FEW_ROWS, few_inputs8, , 1)
+ROWS_WITH_FEW(rows_inputs8_weights8, FEW_ROWS, few_inputs8_weights8, , INPUTS8_SHIFTS_CODES)
 
 static void few_inputs8_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
+    const struct weight *w = job->weight;
     if (!is_refused(job))
-        few_rows(job, part, parts, rows_inputs8);
+        few_rows(job, part, parts, !w->levels ? rows_inputs8_weights8 : IS_SHIFTED(w) ? rows_inputs8_shifted : rows_inputs8);
 }
+
+/* The bytes of SPAN columns, from column c on, of LANES rows from r on: in the order of packed x, the rows in the lanes. */
+INLINE void tile_inputs8(const struct weight *w, int64_t r, int64_t c, float *tile)
+{
+    const W table = steps_load(w->steps);
+    float words[SPAN_QUADS * LANES];
+    const int bytes = w->levels ? SPAN / 2 : SPAN, is_shifted = IS_SHIFTED(w);
+    const int64_t first = w->levels ? c / 2 : c;
+    for (int i = 0; i < LANES; i++)
+        prefetch(w->packed + (r + LANES + i) * w->row_bytes + first);
+    for (int n = 0; n < bytes; n += 4 * LANES)
+        words_across(w, r, (first + n) / (4 * LANES), LANES, (w->levels ? words : tile) + n / 4 * LANES);
+    if (w->levels)
+        for (int n = 0; n < SPAN_WORDS * LANES; n += LANES) {
+            const W codes = quads_load(words + n);
+            v_store(tile + n, v_of_words(steps_lookup(table, (W)((I)codes & 0x0f0f0f0f))));
+            v_store(tile + n + SPAN_WORDS * LANES, v_of_words(steps_lookup(table, (W)((I)codes >> 4 & 0x0f0f0f0f))));
+        }
+    else if (!is_shifted)
+        for (int n = 0; n < SPAN_QUADS * LANES; n += LANES)
+            v_store(tile + n, v_of_words(bytes_of_codes(quads_load(tile + n), 0)));
+}
+
+/* sums (M, LANES) += a span of LANES rows of a tile times M batch rows. A step is four quads: two neighbours, and two that are `next`
+ * quads behind them. There are `steps` of them in a block, whose scales are `scales`. */
+INLINE void multiply_inputs8(const float *x, const float *tile, const float *scales, int steps, int next, const int M,
+                             const int is_shifted, float *sums)
+{
+    const int step = next > 2 ? 2 : 4; /* quads of packed x from a step to the next */
+    V acc[16];
+    EACH_OF_MANY acc[j] = v_zero();
+    const float *term = x + TERMS_AT;
+    for (int n = 0; n < SPAN_QUADS / 4 * step; scales += LANES, term++) {
+        W sum[16];
+        EACH_OF_MANY sum[j] = is_shifted ? (W)((I){0} + bits_of(term[j * SPAN_FLOATS])) : (W){0};
+        for (const int end = n + steps * step; n < end; n += step)
+            for (int k = 0; k < 4; k += QUADS(is_shifted)) {
+                struct steps of[4];
+                for (int q = 0; q < QUADS(is_shifted); q++)
+                    of[q] = steps_of(quads_load(tile + (n + (k + q) % 2 + (k + q) / 2 * next) * LANES), is_shifted);
+                EACH_OF_MANY sum[j] = add_spread(sum[j], of, x + j * SPAN_FLOATS + n + k / 2 * next, next, QUADS(is_shifted), is_shifted);
+            }
+        const V scale = v_load(scales);
+        EACH_OF_MANY acc[j] = v_fma(__builtin_convertvector((N)sum[j], V), scale, acc[j]);
+    }
+    EACH_OF_MANY v_store(sums + j * LANES, v_fma(acc[j], v_set1(x[j * SPAN_FLOATS + UNIT_AT]), v_load(sums + j * LANES)));
+}
+
+/* Multiply a tile with all batch rows of a piece. */
+#define MULTIPLY_INPUTS8(name, is_shifted)                                                                        \
+    OWN_FUNCTION name(const float *x, const float *tile, const float *scales, const struct weight *w, int64_t batch, float *sums) \
+    {                                                                                                             \
+        const int steps = (int)w->half / 8, next = w->levels ? SPAN_WORDS : 2;                                    \
+        IN_PASSES(batch, INPUTS8_INPUTS, CALL_##is_shifted)                                                       \
+    }
+#define CALL_0(M) multiply_inputs8(x + m * SPAN_FLOATS, tile, scales, steps, next, M, 0, sums + m * LANES)
+#define CALL_1(M) multiply_inputs8(x + m * SPAN_FLOATS, tile, scales, steps, next, M, 1, sums + m * LANES)
+MULTIPLY_INPUTS8(multiply_signed, 0)
+MULTIPLY_INPUTS8(multiply_shifted, 1)
+
+/* Whether a scale is so large that it times the sum of a span could be infinite. */
+INLINE int has_large_scale(const struct weight *w, const float *scales, int64_t n)
+{
+    I large = {0};
+    for (int64_t i = 0; w->encoding == SCALES_FLOAT32 && i < n; i++)
+        large |= ~(I)((V)((I)v_load(scales + i * LANES) & 0x7fffffff) <= v_set1(INPUTS8_LARGEST));
+    uint32_t of_lanes[LANES], any = 0;
+    memcpy(of_lanes, &large, sizeof large);
+    for (int i = 0; i < LANES; i++)
+        any |= of_lanes[i];
+    return any != 0;
+}
+
+static void tiled_inputs8_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
+{
+    const struct weight *w = job->weight;
+    const int64_t batch = job->m1 - job->m0, begin = job->g0 * GROUP, size = 2 * w->half;
+    float *scales = job->own + thread * job->own_floats, *tile = scales + TILES_AT, *sums = scales + SUMS_AT;
+    int64_t r, to, first = 0;
+    share(w->rows, LANES, parts, part, &r, &to);
+    for (; r < to && !is_refused(job); r += LANES) {
+        memset(sums, 0, (size_t)(batch * LANES) * sizeof(float));
+        for (int64_t c = begin; c < job->g1 * GROUP; c += SPAN) {
+            if ((c - begin) % chunk_of(w) == 0) {
+                first = chunk_scales(job, r, c, 1, scales);
+                if (has_large_scale(w, scales, (smaller(c + chunk_of(w), job->g1 * GROUP) - c) / size))
+                    refuse(job);
+            }
+            tile_inputs8(w, r, c, tile);
+            (IS_SHIFTED(w) ? multiply_shifted : multiply_signed)(span_at(job, c / GROUP), tile, scales + (c / size - first) * LANES, w, batch, sums);
+        }
+        put_rows(job, r, smaller(LANES, to - r), 1, sums);
+    }
+}
+
+/* With 8-bit codes, of which a tile takes less work, few rows pay up to a smaller batch. */
+#define FEW_INPUTS8 .number = INPUTS8_BYTES, .whole = 1, .few = 1, .pack = pack_few_inputs8, .multiply = few_inputs8_body
+#define TILED_INPUTS8 \
+    .number = INPUTS8_BYTES, .whole = 1, .own = SUMS_AT, .own_of_input = LANES, .pack = pack_tiles_inputs8, .multiply = tiled_inputs8_body
+#define INPUTS8_KERNELS                                                                          \
+    {"few_inputs8", LINEAR_INPUTS8, GROUPS, ANY_TYPE, 1, FEW_MORE, FEW_INPUTS8},                 \
+    {"few_inputs8", LINEAR_INPUTS8, GROUPS8, ANY_TYPE, 1, FEW, FEW_INPUTS8},                     \
+    {"tiled_inputs8", LINEAR_INPUTS8, GROUPS, ANY_TYPE, FEW_MORE + 1, ANY_ROWS, TILED_INPUTS8},  \
+    {"tiled_inputs8", LINEAR_INPUTS8, GROUPS8, ANY_TYPE, FEW + 1, ANY_ROWS, TILED_INPUTS8}

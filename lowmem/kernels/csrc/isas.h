@@ -1,4 +1,4 @@
-/* All ISAs that were compiled, and which of them this processor has. */
+/* All ISAs that were compiled, and which of them this processor has. `isas` replaces avxvnni by its other encoding where it must. */
 #pragma once
 #include "plan.h"
 #include "tensor.h"
@@ -11,13 +11,16 @@
 #include <unistd.h>
 #endif
 
-static const struct isa *const all_isas[] = {
+static const struct isa *all_isas[] = {
     &isa_portable,
 #if HAS_NEON
     &isa_neon,
 #endif
 #if defined(__x86_64__)
     &isa_avx2,
+#if HAS_AVX_VNNI
+    &isa_avxvnni,
+#endif
     &isa_avx512,
     &isa_avx512vnni,
     &isa_avx512bf16,
@@ -33,6 +36,12 @@ static int has_f16c(void)
 {
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}
+
+static int has_avx_vnni(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1 << 4;
 }
 
 /* Whether the processor has AMX for bfloat16, and Linux permits its large registers, which a process must request. */
@@ -57,7 +66,7 @@ static PyObject *isas(PyObject *self, PyObject *unused)
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
-        count = 2; /* each further ISA requires the one before it */
+        count = 2; /* each further ISA but avxvnni requires the one before it */
         count += __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                  __builtin_cpu_supports("avx512dq");
         count += count == 3 && __builtin_cpu_supports("avx512vnni");
@@ -66,8 +75,16 @@ static PyObject *isas(PyObject *self, PyObject *unused)
     }
 #endif
     const int all = (int)(sizeof all_isas / sizeof *all_isas);
-    for (int i = 0; found && i < all; i++) {
-        PyObject *isa = Py_BuildValue("(sO)", all_isas[i]->name, i < count ? Py_True : Py_False);
+    for (int i = 0, before = 0; found && i < all; i++) {
+        int runs;
+#if HAS_AVX_VNNI
+        if (!strcmp(all_isas[i]->name, isa_avxvnni.name)) {
+            runs = count >= 4 || (count >= 2 && has_avx_vnni());
+            all_isas[i] = has_avx_vnni() ? &isa_avxvnni : &isa_avxvnni_avx512;
+        } else
+#endif
+            runs = before++ < count;
+        PyObject *isa = Py_BuildValue("(sO)", all_isas[i]->name, runs ? Py_True : Py_False);
         if (!isa || PyList_Append(found, isa))
             Py_CLEAR(found);
         Py_XDECREF(isa);

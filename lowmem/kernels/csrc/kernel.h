@@ -9,6 +9,10 @@
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define HAS_AMX 1 /* else #if reads 0 */
 #endif
+/* Whether the compiler supports AVX-VNNI. */
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define HAS_AVX_VNNI 1
+#endif
 #if defined(__aarch64__) && defined(__ARM_NEON)
 #define HAS_NEON 1
 #else
@@ -50,9 +54,6 @@
 /* Offsets in a thread's scratch, in floats: the scales of a chunk come first, then two tiles, then sums. */
 #define TILES_AT (MAX_VECTORS * MAX_LANES * CHUNK_SCALES)
 #define SUMS_AT (TILES_AT + MAX_VECTORS * MAX_LANES * 2 * PART_FLOATS)
-#define PANEL MAX_LANES           /* batch rows of a panel (inputs8.h) */
-#define INPUTS8_ROWS 32              /* rows that are multiplied with panels at a time (inputs8.h) */
-#define INPUTS8_ZERO 128             /* zero point of levels in unsigned bytes (inputs8.h) */
 #define WIDE 8192                 /* columns of x that are packed at a time, for more than FEW_MORE batch rows: see wide_of */
 #define WIDE_OF_FEW 49152         /* columns times batch rows, for up to FEW batch rows, where rows are read as stored */
 /* Where x is packed in parts of its columns and the output has 16 bits, float32 partial sums are kept (run_in_parts): */
@@ -115,8 +116,9 @@ struct weight {
     int encoding; /* enum encoding; for 16-bit floats enum type */
     int kind; /* enum kind of plan.h */
     int offsets; /* whether products add an offset for each block, which follows the scales: kernels of few.h do */
-    /* Levels rounded for 8-bit products: levels[c] ~ inputs8_step * (steps[c] - INPUTS8_ZERO). Without them inputs8_step is 0. */
+    /* Levels rounded for 8-bit products: levels[c] ~ inputs8_step * (steps[c] - inputs8_zero). Without them inputs8_step is 0. */
     float inputs8_step;
+    int inputs8_zero;
     float divisor; /* 8-bit codes: a level is (code - 128) / divisor */
     uint8_t steps[16];
     /* Levels rounded for products in 16-bit integers: the largest magnitude, int16_unit, is 2^14. The low bytes, then the high ones. */

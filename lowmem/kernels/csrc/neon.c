@@ -87,6 +87,38 @@ static inline void codes_store(uint8_t *p, W codes)
 #define TILE_VECTORS 4
 #define GRAD_SIXTEEN 16
 
+/* Products in 8-bit integers (inputs8.h): sdot where the compiler may use it (ARMv8.2, and all of Apple's), else in 16 bits, where a
+ * sum of two products is at most 2 * 128 * 127. */
+#define INPUTS8_SHIFTED 0
+#define INPUTS8_SHIFTS_CODES 0
+#define IS_SHIFTED(w) 0
+#define QUADS(is_shifted) 2
+#define INPUTS8_INPUTS 8
+struct steps {
+    W bytes;
+};
+static inline W steps_load(const uint8_t *p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
+static inline W steps_lookup(W table, W index)
+{
+    return vreinterpretq_u32_u8(vqtbl1q_u8(vreinterpretq_u8_u32(table), vreinterpretq_u8_u32(index)));
+}
+static inline struct steps steps_of(W bytes, const int is_shifted) { return (struct steps){bytes}; }
+static inline __attribute__((always_inline)) W add_products(W sum, const struct steps *w, const W *x, const int n, const int is_shifted)
+{
+    int32x4_t sums = vreinterpretq_s32_u32(sum);
+#pragma GCC unroll 4
+    for (int k = 0; k < n; k++) {
+        const int8x16_t a = vreinterpretq_s8_u32(w[k].bytes), b = vreinterpretq_s8_u32(x[k]);
+#if defined(__ARM_FEATURE_DOTPROD)
+        sums = vdotq_s32(sums, a, b);
+#else
+        const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
+        sums = vpadalq_s16(sums, vpaddq_s16(low, high));
+#endif
+    }
+    return vreinterpretq_u32_s32(sums);
+}
+
 #include "floats.h"
 
 const struct isa isa_neon = FLOAT_ISA("neon");

@@ -13,8 +13,10 @@ enum kind {
     ODD = 4,        /* codes in other blocks: not whole words of 4-bit codes, or vectors of 8-bit ones */
     BFLOATS = 8,    /* bfloat16 */
     HALVES = 16,    /* float16 */
-    WEIGHTS8 = 32,    /* 8-bit, in blocks of a multiple of MAX_LANES columns */
+    GROUPS8 = 32,   /* 8-bit, in blocks of 16, 32, 64 or 128 columns */
+    VECTORS8 = 64,  /* 8-bit, in other blocks of a multiple of MAX_LANES columns */
     WHOLE = GROUPS | WORDS,
+    WEIGHTS8 = GROUPS8 | VECTORS8,
     SIXTEEN = BFLOATS | HALVES
 };
 
@@ -60,12 +62,15 @@ struct isa {
     int lanes;
     const struct isa *extends; /* or NULL */
     const struct kernel *kernels;
+    /* Products in 8-bit integers (inputs8.h): the zero point of steps and codes; and, where that is 0, the largest level in steps of
+     * formats whose steps are shifted all the same, by that level. */
+    int inputs8_zero, inputs8_shifted;
     /* Functions other than products; NULL if the ISA extends another, since those of base_of are used. */
     body dequantize, quantize, narrow, widen; /* dequantize rows; narrow and widen: the two products of a low-rank update (update.h) */
     body rows[ROW_FUNCTIONS]; /* row-wise functions: see row_calls.h */
 };
 
-extern const struct isa isa_portable, isa_neon, isa_avx2, isa_avx512, isa_avx512vnni, isa_avx512bf16, isa_avx512amx;
+extern const struct isa isa_portable, isa_neon, isa_avx2, isa_avxvnni, isa_avxvnni_avx512, isa_avx512, isa_avx512vnni, isa_avx512bf16, isa_avx512amx;
 
 /* The ISA at the end of the chain of `extends`, which has the functions other than products. */
 static inline const struct isa *base_of(const struct isa *isa)
@@ -81,7 +86,7 @@ static inline enum kind kind_of(int64_t half, int type)
     if (!half)
         return type == BFLOAT16 ? BFLOATS : HALVES;
     if (type == CODES8)
-        return half % (MAX_LANES / 2) ? ODD : WEIGHTS8;
+        return half % (MAX_LANES / 2) ? ODD : MAX_GROUP / 2 % half ? VECTORS8 : GROUPS8;
     return half % 4 ? ODD : MAX_GROUP / 2 % half || half % 8 ? WORDS : GROUPS;
 }
 

@@ -58,3 +58,41 @@ static inline void v_to_half(uint16_t *p, V a) { EACH p[i] = float_to_half(a[i])
 #define FEW_ROWS(M) 2
 #define TILE_VECTORS 2
 #define GRAD_SIXTEEN 3
+
+/* Products in 8-bit integers (inputs8.h), in 16 bits: a sum of two is at most 2 * 128 * 127. */
+#define INPUTS8_SHIFTED 0
+#define INPUTS8_SHIFTS_CODES 0
+#define IS_SHIFTED(w) 0
+#define QUADS(is_shifted) 2
+#define INPUTS8_INPUTS 4
+typedef int16_t P __attribute__((vector_size(16)));
+struct steps {
+    P even, odd; /* bytes in 16 bits each */
+};
+static inline W steps_load(const uint8_t *p)
+{
+    W table;
+    memcpy(&table, p, sizeof table);
+    return table;
+}
+static inline W steps_lookup(W table, W index)
+{
+    uint8_t of[16], at[16];
+    memcpy(of, &table, sizeof of);
+    memcpy(at, &index, sizeof at);
+    for (int i = 0; i < 16; i++)
+        at[i] = of[at[i]];
+    memcpy(&index, at, sizeof at);
+    return index;
+}
+static inline struct steps steps_of(W bytes, int is_shifted) { return (struct steps){(P)((P)bytes << 8) >> 8, (P)bytes >> 8}; }
+static inline W add_products(W sum, const struct steps *w, const W *x, int n, int is_shifted)
+{
+    typedef int32_t S __attribute__((vector_size(16)));
+    for (int k = 0; k < n; k++) {
+        const struct steps of = steps_of(x[k], 0);
+        const P pairs = w[k].even * of.even + w[k].odd * of.odd;
+        sum += (W)(((S)pairs << 16 >> 16) + ((S)pairs >> 16));
+    }
+    return sum;
+}

@@ -96,12 +96,19 @@ static struct weight rows_of(const struct weight *w, int64_t first, int64_t rows
     return some;
 }
 
-/* Round the levels for 8-bit products: the step is 1 / points of the largest magnitude. */
-static void use_inputs8(struct weight *w, int64_t points)
+/* Round the levels for 8-bit products: the step is 1 / points of the largest magnitude, and 1 / points of a level of 8-bit codes. */
+static void use_inputs8(const struct isa *isa, struct weight *w, int64_t points)
 {
+    w->inputs8_zero = isa->inputs8_zero;
+    if (!w->levels) {
+        w->inputs8_step = 1.0f / (float)points;
+        return;
+    }
+    if (points <= isa->inputs8_shifted)
+        w->inputs8_zero = (int)points;
     w->inputs8_step = fmaxf(w->levels[15], -w->levels[0]) / (float)points;
     for (int c = 0; c < 16; c++)
-        w->steps[c] = (uint8_t)(rintf(w->levels[c] / w->inputs8_step) + INPUTS8_ZERO);
+        w->steps[c] = (uint8_t)((int)rintf(w->levels[c] / w->inputs8_step) + w->inputs8_zero);
 }
 
 static void use_int16(struct weight *w)
@@ -158,8 +165,8 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
     }
     if (w.levels)
         use_int16(&w);
-    if (w.levels && n[POINTS])
-        use_inputs8(&w, n[POINTS]);
+    if (n[POINTS])
+        use_inputs8(all_isas[isa], &w, n[POINTS]);
     w.divisor = (float)n[POINTS];
     w.offsets = n[OFFSETS] == 2;
     Py_INCREF(args[ORDER_OF]);
