@@ -77,15 +77,8 @@ def dequantize_launch(
 ) -> KernelLaunch:
     """Dequantize columns of a matrix to ``out``, contiguous (rows, columns): those from ``start``, which begins a
     block; ``levels`` replace the format's."""
-    stored, tile = _weight_kernel_arguments(weight, levels), TILES["dequantize", 0]
     columns, block = out.shape[1], start // weight.block_size
-    stored |= {
-        "packed": stored["packed"][:, start * stored["BITS"] // 8 :],
-        "scales": stored["scales"][:, block:],
-        "columns": columns,
-        "row_bytes": -(-columns * stored["BITS"] // 8),
-        "WHOLE": columns % weight.block_size == 0,
-    }
+    stored, tile = _weight_kernel_arguments(weight, levels, start, columns), TILES["dequantize", 0]
     shape = tile.shape_constants(stored["row_bytes"], stored["BLOCK"] * stored["BITS"] // 8)
     tiles = math.ceil(stored["row_bytes"] / (shape["GROUPS"] * shape["GROUP"]))
     programs = math.ceil(len(out) / shape["ROWS"]) * tiles
@@ -148,16 +141,20 @@ def quantize_launch(
     return KernelLaunch(of_rows.quantize, math.ceil(scales.numel() / blocks), arguments, warps)
 
 
-def _weight_kernel_arguments(weight: QuantizedTensor, levels: tuple[float, ...] | None = None) -> dict[str, Any]:
-    """Return the arguments that describe a stored matrix."""
-    form, encoding, columns = get_format(weight.format), weight.encoding, weight.shape[1]
+def _weight_kernel_arguments(
+    weight: QuantizedTensor, levels: tuple[float, ...] | None = None, start: int = 0, columns: int | None = None
+) -> dict[str, Any]:
+    """Return the arguments of columns of a stored matrix (None: all) from ``start``, which begins a block."""
+    form, encoding = get_format(weight.format), weight.encoding
+    columns = weight.shape[1] if columns is None else columns
     packed, scales = _with_contiguous_rows(weight.packed), _with_contiguous_rows(weight.scales)
+    packed, scales = packed[:, start * form.bits // 8 :], scales[:, start // weight.block_size :]
     return {
         "packed": packed,
         "scales": scales,
         "levels": float32_table(levels or form.levels, packed.device),
         "columns": columns,
-        "row_bytes": packed.shape[1],
+        "row_bytes": -(-columns * form.bits // 8),
         "packed_stride": packed.stride(0),
         "scales_stride": scales.stride(0),
         "BLOCK": weight.block_size,
