@@ -188,7 +188,10 @@ def _convert_messages(record: Mapping[str, Any], options: RowOptions) -> Convers
 
 
 def _convert_preference(record: Mapping[str, Any], options: RowOptions) -> Preference:
-    return Preference(*(_convert_completion(record, options, key) for key in ("chosen", "rejected")))
+    preference = Preference(*(_convert_completion(record, options, key) for key in ("chosen", "rejected")))
+    if preference.chosen == preference.rejected:
+        raise ValueError(f"chosen and rejected are one answer, {short_repr(record['chosen'])}: correct one of them")
+    return preference
 
 
 def _convert_completion(

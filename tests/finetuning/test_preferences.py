@@ -82,13 +82,19 @@ def test_each_sequence_has_the_length_and_pairs_without_a_difference_are_left_ou
     lines = [
         {"prompt": "abc", "chosen": "d", "rejected": "efghijkl"},
         {"prompt": "abcdefghij", "chosen": "d", "rejected": "e"},
-        {"prompt": "abc", "chosen": "sam", "rejected": "sam"},
         {"prompt": "abc", "chosen": "same and more", "rejected": "same and less"},
     ]
     found = pairs(tmp_path, lines, 8)
     assert [[len(one.ids) for one in pair.sequences.values()] for pair in found.examples] == [[6, 8]]
-    assert (found.cut, found.dropped, found.places) == (3, 3, ("line 1",))
+    assert (found.cut, found.dropped, found.places) == (3, 2, ("line 1",))
     assert encoded(tmp_path, lines[:1]).default_length(quantile=1.0, step=1) == 13
+
+
+def test_equal_answers_are_a_mistake_of_their_row(tmp_path):
+    lines = [{"prompt": "abc", "chosen": "d", "rejected": "e"}, {"prompt": "abc", "chosen": "sam", "rejected": "sam"}]
+    found = encoded(tmp_path, lines)
+    assert found.mistakes == [("line 2", "chosen and rejected are one answer, 'sam': correct one of them")]
+    assert [row.place for row in found.rows] == ["line 1"]
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
