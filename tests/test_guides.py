@@ -152,8 +152,11 @@ def of_hugging_face(runs):
 
 
 def of_fine_tuning(runs):
-    assert "tuned is complete already" in runs[1].err
-    outcome = runs[2].space["outcome"]
+    _, preferring, by_trl, resumed, in_code, *_ = runs
+    assert "saved preferring" in preferring.err
+    assert by_trl.space["trainer"].state.global_step == 2
+    assert "tuned is complete already" in resumed.err
+    outcome = in_code.space["outcome"]
     assert outcome.losses[-1] < outcome.losses[0]
 
 
