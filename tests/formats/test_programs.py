@@ -15,10 +15,12 @@ from lowmem.__main__ import main
 from lowmem.integrations.transformers.chat_template import ChatTemplate
 from lowmem.integrations.transformers.exported_prompts import ExportedTokenizer, compared_prompts
 from lowmem.integrations.transformers.ollama_template import derive_ollama_template
-from lowmem.integrations.transformers.text_generation import open_model_and_tokenizer
+from lowmem.integrations.transformers.text_generation import end_token_ids, open_model_and_tokenizer
 from tests.formats.llama_cpp import llama_cpp
+from tests.formats.test_export_gguf import in_8_bits, with_gelu_of_ggml
 from tests.integrations.transformers.folders import SIZES
 from tests.integrations.transformers.test_chat_template import FAMILIES, KWARGS, family
+from tests.integrations.transformers.test_text_generation import write_family
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
 
@@ -87,3 +89,44 @@ def test_base_and_adapter_compute_in_llama_cpp_what_was_trained(tmp_path, monkey
         loaded.adapt(Path("out-adapter.gguf"))
         assert of_rounding < 0.05
         assert distance(loaded.logits(tokens), tuned) < 2 * of_rounding
+
+
+def round_inputs_as_ggml(model):
+    """Let stored layers round their inputs to 8 bits, and a Gemma take its activation from the table of ggml."""
+    for path, module in model.named_modules():
+        if path.endswith(("_proj", "lm_head")):
+            module.register_forward_pre_hook(lambda _, given: (in_8_bits(given[0]),))
+    return with_gelu_of_ggml(model)
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "gemma3"])
+def test_llama_cpp_answers_what_was_trained_with_the_same_tokens(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_family(Path("base"), name)
+    if name == "gemma3":
+        config = json.loads(Path("base/config.json").read_text())
+        config["query_pre_attn_scalar"] = config["head_dim"]  # which llama.cpp computes
+        Path("base/config.json").write_text(json.dumps(config))
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "Tea?", "completion": "Yes."}))
+    options = ["--steps", "60", "--lr", "0.01", "--batch-size", "1", "--accumulate", "1", "--for", "llama.cpp"]
+    assert main(["fit", "base", "--data", "rows.jsonl", *options, "--save", "tuned"]) == 0
+    assert main(["export", "tuned", "out", "--for", "llama.cpp"]) == 0
+    model, tokenizer = open_model_and_tokenizer(Path("tuned"))
+    text = ChatTemplate(tokenizer).text([{"role": "user", "content": "Tea?"}], add_generation_prompt=True)
+    prompt = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    ends = end_token_ids(model.generation_config, tokenizer, chat=True)
+    made = model.generate(prompt, do_sample=False, max_new_tokens=40, eos_token_id=ends)
+    start, tokens = prompt.shape[1], made[0].tolist()
+    assert tokenizer.decode(tokens[start:], skip_special_tokens=True).endswith("Yes.")
+    with torch.no_grad():
+        exact = model(made).logits[0].double()
+        rounded = round_inputs_as_ggml(model)(made).logits[0].double()
+    with llama_cpp(Path("out.gguf")) as loaded:
+        loaded.adapt(Path("out-adapter.gguf"))
+        found = loaded.logits(tokens).double()
+        assert loaded.greedy(tokens[:start], len(tokens) - start) == tokens
+    assert distance(rounded, exact) > 0
+    assert distance(found, exact) < 2 * distance(rounded, exact)
+    first, second = exact[start - 1 : -1].topk(2).values.T
+    difference = 2 * (rounded - exact)[start - 1 : -1].abs().amax()
+    assert (first - second).min() > 2 * difference
