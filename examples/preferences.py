@@ -5,8 +5,8 @@
     python examples/preferences.py
 
 The pairs are made up: a question of arithmetic, and its answer in a few words or in a sentence that goes on. Before
-the first step no pair has a margin, since the model is its own reference: the accuracy is a half. On 2 cores of a
-Zen 4, after 4 steps of 8 pairs, it is 1.00 on held-out pairs for each of three seeds, with 874 MiB at the peak.
+the first step no pair has a margin, since the model is its own reference: the accuracy is a half. After 4 steps of
+8 pairs, on 2 cores of a Zen 4, it is 1.00 on held-out pairs for each of three seeds, with 874 MiB at the peak.
 """
 
 import contextlib

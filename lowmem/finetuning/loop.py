@@ -336,7 +336,10 @@ class _FineTuningRun:
         evaluations = [[step, value if math.isfinite(value) else None] for step, value in self._outcome.evaluations]
         # JSON has no infinity
         held_out_metrics = [[step, metrics] for step, metrics in self._outcome.held_out_metrics.items()]
-        record |= {"evaluations": evaluations, "held_out_metrics": held_out_metrics}
+        record |= {"evaluations": evaluations}
+        if held_out_metrics:
+            # Of preferences alone: states of other runs keep their layout
+            record |= {"held_out_metrics": held_out_metrics}
         return SavedState(step, tensors, record)
 
     def _restore_best_and_check_finite(self) -> None:

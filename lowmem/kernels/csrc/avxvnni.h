@@ -1,6 +1,10 @@
 /* The ISA avxvnni: AVX2 with products in 8-bit integers of 256 bits (vpdpbusd). The file that includes this names the ISA's features
  * and its struct isa, and defines add_bytes(sum, unsigned bytes, signed bytes) in their encoding. */
 #pragma once
+#include "avx2.h"
+#ifndef add_bytes /* where this header is read on its own */
+#define add_bytes _mm256_dpbusd_epi32
+#endif
 #define INPUTS8_SHIFTS_CODES 1
 #define IS_SHIFTED(w) 1
 #define QUADS(is_shifted) 2

@@ -2,8 +2,6 @@
 #include "kernel.h"
 #if HAS_AVX_VNNI
 TARGET(AVX512,avx512vnni)
-#include "avx2.h"
-
 #define add_bytes _mm256_dpbusd_epi32
 #include "avxvnni.h"
 
