@@ -41,6 +41,9 @@ def selection(axes: Iterable[Iterable], strength: int) -> list[tuple]:
 
 
 def _rows(strength: int, axes: dict[str, Iterable]) -> list[tuple]:
+    unordered = [name for name, values in axes.items() if isinstance(values, (set, frozenset))]
+    if unordered:  # of strings, whose order is another one in each process: pytest-xdist refuses to run such tests
+        raise TypeError(f"{unordered} must have an order: pass a tuple or a list, not a set")
     if FULL or len(axes) == 1:
         return list(product(*axes.values()))
     return selection(axes.values(), strength if PROFILE == "faults" else 1)
@@ -51,6 +54,6 @@ def covering(strength: int = 2, **axes: Iterable) -> pytest.MarkDecorator:
 
     Args:
         strength: of the selection that planted faults and mutants are tried with: 2 for every pair of values.
-        axes: the values of each argument, which can be hashed.
+        axes: the values of each argument, which can be hashed; not a set, whose order differs between processes.
     """
     return pytest.mark.parametrize(tuple(axes), _rows(strength, axes))

@@ -88,3 +88,10 @@ def test_a_selection_holds_every_combination_and_takes_values_alike_often(sizes)
     for axis in axes:
         assert max(uses[value] for value in axis) - min(uses[value] for value in axis) <= 1
     assert len(selection(axes, 1)) == max(sizes)
+
+
+@pytest.mark.parametrize("values", [{"a", "b"}, frozenset("ab")])
+def test_values_without_an_order_are_refused(values):
+    """Each process orders strings of a set in its own way: workers of pytest-xdist would collect different tests."""
+    with pytest.raises(TypeError, match=r"\['mode'\] must have an order: pass a tuple or a list"):
+        covering(name=["x"], mode=values)

@@ -372,8 +372,8 @@ MODES = {
     "quantized": GREEDY | {"cache_implementation": "quantized"},
     "no cache": GREEDY | {"use_cache": False},
 }
-IN_PLACE = {"greedy", "sampling", "beams", "sampled beams", "several", "beams, several", "prompt in parts"}
-IN_PLACE |= {"looked up", "assisted"}
+IN_PLACE = ("greedy", "sampling", "beams", "sampled beams", "several", "beams, several", "prompt in parts")
+IN_PLACE += ("looked up", "assisted")
 
 
 class Deciding(LogitsProcessor):
