@@ -1,14 +1,17 @@
 """The site of the documentation: ``tox -e docs`` builds it, and warnings are errors."""
 
+import html
 import os
 import re
 import sys
+from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # for autodoc, since nothing is installed, and for drawings.py
 
 from drawings import put_drawings_into  # noqa: E402
+from graphs import put_graphs_into  # noqa: E402
 from notebooks import put_notebooks_into  # noqa: E402
 
 from lowmem.version import __version__  # noqa: E402
@@ -17,12 +20,16 @@ project = "lowmem"
 author = "the developers of lowmem"
 release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib.mermaid"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
-html_title = f"lowmem {release}"
+html_title = "lowmem"
+html_baseurl = os.environ.get("LOWMEM_SITE", "")  # where the site will lie, for links that have to be absolute
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_show_copyright = html_show_sourcelink = html_copy_source = False
+templates_path = ["templates"]
 
 myst_heading_anchors = 3  # as GitHub's
-myst_fence_as_directive = ["mermaid"]
 highlight_language = "text"  # of indented blocks: commands and equations
 
 autodoc_member_order = "bysource"
@@ -48,14 +55,22 @@ def show_both_themes(app, docname, source):
     source[0] = PICTURE.sub(BOTH, source[0])
 
 
+def show_readme(app, docname, source):
+    """Put the README up to its links, which the navigation has, into the page that names it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf8").partition("\n## Where to read on")[0]
+    for path, shown in (("docs/", ""), ("examples/", "../examples/"), ("CONTRIBUTING.md", "contributing.md")):
+        readme = re.sub(rf'(\]\(|(?:src|srcset)="){re.escape(path)}', rf"\g<1>{shown}", readme)
+    source[0] = source[0].replace("```{readme}\n```", readme)
+
+
 def lead_to_the_index(app, docname, source):
     """Turn links from guides to the README, which the index includes, into links to the index."""
     source[0] = source[0].replace("](../../README.md", "](../index.md")
 
 
 def show_drawings(app, docname, source):
-    """Put the drawings that a page names into it."""
-    source[0] = put_drawings_into(source[0])
+    """Put the drawings that a page names, and its graphs, into it."""
+    source[0] = put_graphs_into(put_drawings_into(source[0]))
 
 
 def show_notebooks(app, docname, source):
@@ -63,8 +78,35 @@ def show_notebooks(app, docname, source):
     source[0] = put_notebooks_into(source[0], ROOT / "docs")
 
 
+def description_of(doctree):
+    """Return a page's first sentences without what is in brackets: 200 characters, or the first sentence."""
+    paragraph = next(doctree.findall(lambda node: node.tagname == "paragraph"), None)
+    text = re.sub(r" \([^()]*\)", "", " ".join(paragraph.astext().split())) if paragraph else project
+    sentences = re.split(r"(?<=[.!?:]) ", text)
+    while len(sentences) > 1 and len(" ".join(sentences)) > 200:
+        sentences.pop()
+    return " ".join(sentences)
+
+
+def describe(app, pagename, templatename, context, doctree):
+    """Describe a page to search engines, and to programs that show a preview of a link."""
+    if doctree is None:
+        return
+    title = re.sub("<.*?>", "", context["title"])
+    described = {"name": {"description": description_of(doctree)}}
+    described["property"] = {"og:title": title, "og:description": description_of(doctree), "og:type": "website"}
+    described["property"]["og:site_name"] = project
+    context["metatags"] = context.get("metatags", "") + "".join(
+        f'<meta {kind}="{name}" content="{escape(html.unescape(content))}">\n'
+        for kind, contents in described.items()
+        for name, content in contents.items()
+    )
+
+
 def setup(app):
     """Register what the pages need."""
+    app.connect("html-page-context", describe)
+    app.connect("source-read", show_readme)
     app.connect("source-read", show_both_themes)
     app.connect("source-read", lead_to_the_index)
     app.connect("source-read", show_drawings)

@@ -32,6 +32,7 @@ body:not([data-theme="light"]) .drawing {{ {theme.css_variable_declarations(them
 .drawing text {{ fill: var(--ink); font: 11px system-ui, sans-serif; }}
 .drawing figcaption {{ font-size: 0.85em; }}
 """
+END_OF_PAGE = f"\n```{{raw}} html\n<style>{STYLE}</style>\n```\n"
 MIDDLE, END = 'text-anchor="middle"', 'text-anchor="end"'
 
 
@@ -263,4 +264,4 @@ def draw(name: str, description: str) -> str:
 def put_drawings_into(page: str) -> str:
     """Return the text of a page in which drawings, with their style, stand in place of their names."""
     drawn = DRAWING.sub(lambda found: f"```{{raw}} html\n{draw(found[1], found[2])}\n```", page)
-    return drawn if drawn == page else f"{drawn}\n```{{raw}} html\n<style>{STYLE}</style>\n```\n"
+    return drawn if drawn == page else f"{drawn}{END_OF_PAGE}"

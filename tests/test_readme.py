@@ -172,14 +172,15 @@ def test_every_public_name_stands_in_one_page_of_the_api():
 
 @pytest.fixture
 def on_the_site(monkeypatch):
-    """Return what gives the text of each page of docs/, and what the site's hook of a name makes of it."""
+    """Return what gives the text of each page of docs/, and what hooks of the site make of it, by name."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     site = runpy.run_path(str(ROOT / "docs" / "conf.py"))
 
-    def pages(hook):
+    def pages(*hooks):
         for text in (text for name, text in TEXTS.items() if name.startswith("docs/")):
             source = [text]
-            site[hook](None, "page", source)
+            for hook in hooks:
+                site[hook](None, "page", source)
             yield text, source[0]
 
     return pages
@@ -187,11 +188,19 @@ def on_the_site(monkeypatch):
 
 def test_the_site_shows_every_picture_in_both_themes(on_the_site):
     pictures = 0
-    for text, shown in on_the_site("show_both_themes"):
+    for _, shown in on_the_site("show_readme", "show_both_themes"):
         assert "\n<picture>" not in shown
-        assert shown.count("```{image}") == 2 * text.count("\n<picture>")
-        pictures += text.count("\n<picture>")
-    assert pictures == 3  # speed, training, and the one of the index
+        assert shown.count(":class: only-light\n") == shown.count(":class: only-dark\n")
+        pictures += shown.count(":class: only-dark\n")
+    assert pictures == 3  # speed, training, and the README's
+
+
+def test_the_index_has_the_readme_up_to_its_links(on_the_site):
+    index = next(shown for text, shown in on_the_site("show_readme") if "{readme}" in text)
+    assert TEXTS["README.md"].partition("\n## Where")[0].count("\n## ") == index.count("\n## ")
+    targets = [one or other for one, other in re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", index)]
+    for target in targets:
+        assert target.startswith("https:") or (ROOT / "docs" / target.partition("#")[0]).exists(), target
 
 
 def test_links_to_the_front_page_lead_to_the_index_on_the_site(on_the_site):
