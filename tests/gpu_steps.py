@@ -30,8 +30,7 @@ from lowmem import AdamW8bit, EightBit, FourBit, Half, LoRA, convert, measure, p
 from lowmem.bignet import Block
 from lowmem.kernels import gpu
 from lowmem.quant.backend import backend_for, set_backend
-from lowmem.quant.packing import pack
-from lowmem.quant.scale_search import nearest_codes_padded_to_even
+from lowmem.quant.scale_search import nearest_codes
 from lowmem.quant.tensor import QuantizedTensor
 
 ROOT = Path(__file__).parents[1]
@@ -199,8 +198,8 @@ def _launches(record: Callable[[Launch], None]) -> SimpleNamespace:
         weight: Tensor, scales: Tensor, form: Any, block_size: int, packed: Tensor, used: Tensor
     ) -> Callable[[], None]:
         def write() -> None:
-            codes = nearest_codes_padded_to_even(weight, scales, form, block_size)
-            packed.copy_(pack(codes, block_size) if form.bits == 4 else codes[:, : weight.shape[1]])
+            codes = nearest_codes(weight, scales, form, block_size)
+            packed.copy_(form.width.pack_rows(codes, block_size, form.zero_code))
             used.fill_(1)
 
         return run(Launch("quantize", (weight, packed), write))

@@ -439,7 +439,7 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
             TYPES[rows.dtype],
             packed.data_ptr(),
             stored.data_ptr(),
-            levels.buffer_info()[0] if form.bits == 4 else 0,
+            0 if form.width.is_centered else levels.buffer_info()[0],
             encoding,
             size,
             count,
@@ -506,15 +506,15 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
         if not columns or (weight.has_offsets != without_offsets and cache_key != _AS_FLOATS):
             return None
         form = get_format(weight.format)
-        points, levels = 0 if form.bits == 4 else form.divisor, form.levels
-        if cache_key in (_IN_INT8, _BASE_IN_INT8) and form.bits == 4:
+        points, levels = form.divisor if form.width.is_centered else 0, form.levels
+        if cache_key in (_IN_INT8, _BASE_IN_INT8) and not form.width.is_centered:
             points, levels = int8_rounding.step_count_and_rounded_levels(levels)
         handle = self.native.prepare(
             self._order(self._isa, columns, weight.block_size),
             self._isa,
             packed,
             scales,
-            c_float_array(levels).buffer_info()[0] if form.bits == 4 else 0,  # C computes those of 8 bits
+            0 if form.width.is_centered else c_float_array(levels).buffer_info()[0],  # C computes centered ones
             _ENCODINGS[weight.encoding.name.removesuffix("_offsets"), weight.encoding.signed],
             weight.block_size,
             rows,
@@ -531,8 +531,8 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
 
 
 def _can_quantize_in_c(target: QuantizedTensor) -> bool:
-    """Whether C quantizes into a matrix: it searches for no scales of 8 bits."""
-    return not target.has_offsets and (get_format(target.format).bits == 4 or target.method == "absmax")
+    """Whether C quantizes into a matrix: it searches for no scales of centered codes."""
+    return not target.has_offsets and (not get_format(target.format).width.is_centered or target.method == "absmax")
 
 
 def _is_c_readable_matrix(matrix: Tensor) -> bool:

@@ -13,7 +13,6 @@ from torch.nn import functional
 from lowmem.kernels.frozen_weight_operator import parse_quantization_description
 from lowmem.quant.backend import product_result_dtype
 from lowmem.quant.formats import get_format
-from lowmem.quant.packing import apply_to_blocks_and_rest
 from lowmem.quant.scale_encodings import get_scale_encoding
 from lowmem.quant.scale_search import expand_block_scales
 
@@ -37,22 +36,12 @@ def decomposed_dequantize(packed: Tensor, scales: Tensor, description: str, dtyp
     """Return the matrix (rows, columns) of ``parts_of`` a weight in ``dtype``."""
     columns, (format, block_size, scale_encoding), _ = parse_quantization_description(description)
     form = get_format(format)
+    codes = form.width.unpack_float_rows(packed.float(), block_size, columns)
     # A table of 256 numbers would be as many nodes of a graph
-    if form.bits == 8:
-        values = (packed.float() - 128) / form.divisor
-    else:
-        values = _table_lookup(
-            form.levels, apply_to_blocks_and_rest(packed.float(), block_size // 2, _codes_from_nibbles)[:, :columns]
-        )
+    values = (codes - 128) / form.divisor if form.width.is_centered else _table_lookup(form.levels, codes)
     return (
         values * expand_block_scales(_decoded_scales(scales, scale_encoding, form.signed), block_size, columns)
     ).to(dtype)
-
-
-def _codes_from_nibbles(packed_block: Tensor) -> Tensor:
-    """Return the codes (..., B) in bytes (..., B / 2), as ``lowmem.quant.packing.unpack`` does, in floats."""
-    high = (packed_block / 16).floor()
-    return torch.cat([packed_block - 16 * high, high], dim=-1)
 
 
 def decomposed_product(x: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None, *low_rank: Any) -> Tensor:

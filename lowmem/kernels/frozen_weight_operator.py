@@ -14,7 +14,6 @@ from torch.autograd import forward_ad
 from lowmem.kernels.tensor_checks import is_recording_operations
 from lowmem.quant.backend import Weight, backend_for, backend_of
 from lowmem.quant.formats import get_format
-from lowmem.quant.packing import packed_row_bytes
 from lowmem.quant.scale_encodings import get_scale_encoding
 from lowmem.quant.tensor import ANY, QuantizedTensor
 
@@ -190,7 +189,7 @@ class QuantizedOperands:
         if not _is_compiling() and _is_tracing():
             return
         rows, columns = self.shape
-        if self.packed.shape[1] != packed_row_bytes(columns, get_format(self.description.split()[0]).bits):
+        if self.packed.shape[1] != get_format(self.description.split()[0]).width.row_bytes(columns):
             raise RuntimeError(
                 f"packed.shape={tuple(self.packed.shape)} does not hold a weight of shape {(rows, columns)} in "
                 f"{self.description.split()[0]}"

@@ -17,7 +17,7 @@ from lowmem.kernels.rms_norm_and_gating import entropies, gated, gated_grad, nor
 from lowmem.kernels.tensor_checks import hide_from_selective_checkpoints
 from lowmem.quant.backend import Backend, LowRank, Weight, fast_matmul_dtype
 from lowmem.quant.formats import Format, get_format
-from lowmem.quant.packing import apply_to_blocks_and_rest, pack
+from lowmem.quant.packing import apply_to_blocks_and_rest
 from lowmem.quant.scale_encodings import ScaleEncoding
 from lowmem.quant.scale_search import (
     block_absmax,
@@ -26,7 +26,7 @@ from lowmem.quant.scale_search import (
     expand_block_scales,
     least_error_scales,
     least_unclipped_scales,
-    nearest_codes_padded_to_even,
+    nearest_codes,
 )
 from lowmem.quant.tensor import QuantizedTensor, Squares, row_slices_within_scratch
 
@@ -141,7 +141,7 @@ def linear(
         form = get_format(weight.format)
         dtype, levels = (
             torch.float32,
-            form.levels if form.bits == 8 else int8_rounding.step_count_and_rounded_levels(form.levels)[1],
+            form.levels if form.width.is_centered else int8_rounding.step_count_and_rounded_levels(form.levels)[1],
         )
         factor = int8_rounding.round_inputs_to_int8_grid(x, weight.block_size)
     else:
@@ -263,11 +263,9 @@ def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance:
     form, size = get_format(into.format), into.block_size
     weights = rows.float().contiguous()
     rows, stored = subtract_offsets_and_encode_scales(weights, into, importance)
-    codes = nearest_codes_padded_to_even(rows, into.encoding.decode(stored), form, size)
-    into.packed[chunk] = pack(codes, size) if form.bits == 4 else codes[:, : rows.shape[1]]
-    used = apply_to_blocks_and_rest(
-        codes[:, : rows.shape[1]] != form.zero_code, size, lambda block: block.any(-1, keepdim=True)
-    )
+    codes = nearest_codes(rows, into.encoding.decode(stored), form, size)
+    into.packed[chunk] = form.width.pack_rows(codes, size, form.zero_code)
+    used = apply_to_blocks_and_rest(codes != form.zero_code, size, lambda block: block.any(-1, keepdim=True))
     into.scales[chunk] = zero_unused_scales(stored, used, form)
     # Before a chunk is dequantized
     del rows, stored, codes, used
@@ -304,7 +302,7 @@ def subtract_offsets_and_encode_scales(
     form, encoding, size = get_format(target.format), target.encoding, target.block_size
     scales = block_absmax(rows, size, form.signed)  # (rows, blocks)
     # Twice: dequantized weights then give the same float32 scale again
-    if form.bits == 8:
+    if form.width.is_centered:
         once = scales / form.top
         twice = once * form.top / form.top
         # Rounded up, the scale gives a weight beyond float32

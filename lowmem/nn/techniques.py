@@ -272,7 +272,7 @@ def blockwise_technique(
     Raises:
         ValueError: what ``FourBit`` or ``EightBit`` rejects, or an unknown format.
     """
-    if format is not None and get_format(format).bits == 8:
+    if format is not None and get_format(format).bits == EightBit.bits:
         return EightBit(block_size, scales, compute_dtype, format)
     return FourBit(cast(str, format), block_size, scales, compute_dtype, search, embeddings=embeddings)
 

@@ -15,6 +15,7 @@ from math import inf
 from types import MappingProxyType
 
 from lowmem.errors import short_repr
+from lowmem.quant.packing import CODE_WIDTHS, CodeWidth
 
 
 @dataclass(frozen=True)
@@ -45,41 +46,47 @@ class Format:
     ggml_divisor: float = 1.0
 
     def __post_init__(self) -> None:
-        if len(self.levels) not in (16, 256) or list(self.levels) != sorted(self.levels):
+        counts = [2**bits for bits in CODE_WIDTHS]
+        if len(self.levels) not in counts or list(self.levels) != sorted(self.levels):
             raise ValueError(
-                f"format {short_repr(self.name)}: levels={short_repr(self.levels)} must be 16 or 256 ascending "
-                "numbers"
+                f"format {short_repr(self.name)}: levels={short_repr(self.levels)} must be "
+                f"{' or '.join(map(str, counts))} ascending numbers"
             )
-        if self.bits == 4 and (self.levels[0] < -1 or self.levels[-1] > 1):
+        if not self.width.is_centered and (self.levels[0] < -1 or self.levels[-1] > 1):
             raise ValueError(f"format {self.name!r}: levels={self.levels} must lie in [-1, 1]")
 
     @property
     def bits(self) -> int:
         """Bits of a code: 4 or 8."""
-        return 4 if len(self.levels) == 16 else 8
+        return len(self.levels).bit_length() - 1
+
+    @property
+    def width(self) -> CodeWidth:
+        """How codes of so many bits are stored."""
+        return CODE_WIDTHS[self.bits]
 
     @property
     def boundaries(self) -> tuple[float, ...]:
         """The 15 or 255 thresholds: a value's nearest code is the number of thresholds below it.
 
         Of two equal levels only the upper code is ever chosen, so +0 and -0 get the same code in ``fp4``. The code 0
-        of 8 bits is never chosen, so that codes are symmetric.
+        of centered codes is never chosen, so that codes are symmetric.
         """
         boundaries: list[float] = []
         for low, high in pairwise(self.levels):
             below = boundaries[-1] if boundaries else -inf
-            skipped = low == high or (self.bits == 8 and not boundaries)
+            skipped = low == high or (self.width.is_centered and not boundaries)
             boundaries.append(below if skipped else (low + high) / 2)
         return tuple(boundaries)
 
     @property
     def top(self) -> float:
         """What a block's largest weight is divided by for its scale, if that is not searched for."""
-        return 1.0 if self.bits == 4 else self.levels[-1]
+        return self.levels[-1] if self.width.is_centered else 1.0
 
     @property
     def divisor(self) -> int:
-        """Of 8 bits: a level is ``(code - 128) / divisor``."""
+        """Of centered codes of 8 bits: a level is ``(code - 128) / divisor``."""
         return round(127 / self.top)
 
     @property

@@ -1,7 +1,7 @@
-"""Packs two 4-bit codes per byte. The only Python file that depends on the order of the nibbles.
+"""How codes become bytes, for each number of bits. The only Python file that depends on the order of the nibbles.
 
-Within a block of B codes, byte j holds code j in its low nibble and code j + B/2 in its high nibble
-("split halves"), so unpacking takes a mask, a shift and no shuffle::
+Two 4-bit codes share a byte. Within a block of B codes, byte j holds code j in its low nibble and code j + B/2 in its
+high nibble ("split halves"), so unpacking takes a mask, a shift and no shuffle::
 
     block  c0 c1 c2 c3 c4 c5 c6 c7
     byte   c0|c4  c1|c5  c2|c6  c3|c7      (low|high)
@@ -11,7 +11,10 @@ The last block of a row may be shorter; it is split in halves like the others.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,11 +31,6 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(f"block_size={short_repr(block_size)} must be an integer")
     if block_size % 2 or not 8 <= block_size <= MAX_BLOCK_SIZE:
         raise ValueError(f"block_size={block_size} must be an even number from 8 to {MAX_BLOCK_SIZE}")
-
-
-def packed_row_bytes(columns: int, bits: int) -> int:
-    """Return the bytes of a row of codes of 4 or 8 bits; a row of 4-bit ones is padded to whole bytes."""
-    return -(-columns * bits // 8)
 
 
 def pack(codes: Tensor, block_size: int) -> Tensor:
@@ -95,3 +93,77 @@ def _check_uint8_with_last_dim(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a uint8 tensor, found {actual}")
     if tensor.dim() == 0:
         raise ValueError(f"{name}.shape=() has no last dimension to pack along")
+
+
+class CodeWidth(ABC):
+    """What codes of one number of bits have of their own; ``CODE_WIDTHS`` has an object for each width.
+
+    Attributes:
+        bits: of a code.
+        is_centered: whether a level is ``(code - 2^(bits - 1)) / divisor``. Then kernels and graphs compute levels,
+            and code 0 is not chosen, so that codes are symmetric. Otherwise levels are a table of numbers in [-1, 1].
+        is_packed_by_block: whether the bytes of a row depend on the block size.
+    """
+
+    bits: ClassVar[int]
+    is_centered: ClassVar[bool]
+    is_packed_by_block: ClassVar[bool]
+
+    @abstractmethod
+    def row_bytes(self, columns: int) -> int:
+        """Return the bytes of a row of codes."""
+
+    @abstractmethod
+    def pack_rows(self, codes: Tensor, block_size: int, padding_code: int) -> Tensor:
+        """Return codes, uint8 (..., n), as bytes: uint8 (..., row_bytes(n)); ``padding_code`` fills the last byte."""
+
+    @abstractmethod
+    def unpack_rows(self, packed: Tensor, block_size: int, columns: int) -> Tensor:
+        """Return the codes (..., columns) of bytes that ``pack_rows`` returned: uint8, which may be a view."""
+
+    @abstractmethod
+    def unpack_float_rows(self, packed: Tensor, block_size: int, columns: int) -> Tensor:
+        """Return what ``unpack_rows`` returns, for bytes as floats, in operations of floats alone: exporters to other
+        formats have no others."""
+
+
+class _FourBitWidth(CodeWidth):
+    bits, is_centered, is_packed_by_block = 4, False, True
+
+    def row_bytes(self, columns: int) -> int:
+        return (columns + 1) // 2
+
+    def pack_rows(self, codes: Tensor, block_size: int, padding_code: int) -> Tensor:
+        if codes.shape[-1] % 2:
+            codes = torch.nn.functional.pad(codes, (0, 1), value=padding_code)
+        return pack(codes, block_size)
+
+    def unpack_rows(self, packed: Tensor, block_size: int, columns: int) -> Tensor:
+        return unpack(packed, block_size)[..., :columns]
+
+    def unpack_float_rows(self, packed: Tensor, block_size: int, columns: int) -> Tensor:
+        def split_nibbles(block: Tensor) -> Tensor:
+            high = (block / 16).floor()
+            return torch.cat([block - 16 * high, high], dim=-1)  # (..., B)
+
+        return apply_to_blocks_and_rest(packed, block_size // 2, split_nibbles)[..., :columns]
+
+
+class _EightBitWidth(CodeWidth):
+    bits, is_centered, is_packed_by_block = 8, True, False
+
+    def row_bytes(self, columns: int) -> int:
+        return columns
+
+    def pack_rows(self, codes: Tensor, block_size: int, padding_code: int) -> Tensor:
+        return codes
+
+    def unpack_rows(self, packed: Tensor, block_size: int, columns: int) -> Tensor:
+        return packed
+
+    def unpack_float_rows(self, packed: Tensor, block_size: int, columns: int) -> Tensor:
+        return packed
+
+
+CODE_WIDTHS = MappingProxyType({width.bits: width for width in (_FourBitWidth(), _EightBitWidth())})
+"""The widths of codes that a format can have, by their bits."""

@@ -102,13 +102,13 @@ def requantize_changed_rows(quantized: QuantizedTensor, weight: Tensor) -> Quant
     inputs are not known here, scales are searched for, as are those of another program's 4-bit weight. In 8 bits a
     search takes ten times as long, and lowers the error by a tenth.
     """
-    bits, method = get_format(quantized.format).bits, quantized.method
+    is_centered, method = get_format(quantized.format).width.is_centered, quantized.method
     again = quantize(
         weight,
         quantized.format,
         block_size=quantized.block_size,
         scales=quantized.scale_encoding,
-        search=method == "search" or (method != "absmax" and bits == 4),
+        search=method == "search" or (method != "absmax" and not is_centered),
     )
     before, after = quantized.as_matrix(), again.as_matrix()
     rows = weight.detach().reshape(after.shape)

@@ -105,16 +105,13 @@ def least_error_scales(
     return best
 
 
-def nearest_codes_padded_to_even(rows: Tensor, scales: Tensor, form: Format, block_size: int) -> Tensor:
-    """Return the nearest code of each weight divided by its scale: uint8 (rows, n), n padded to an even number."""
+def nearest_codes(rows: Tensor, scales: Tensor, form: Format, block_size: int) -> Tensor:
+    """Return the nearest code of each weight divided by its scale: uint8 (rows, n)."""
     divisors = expand_block_scales(
         scales.masked_fill(scales == 0, torch.inf), block_size, rows.shape[-1]
     )  # w / inf = 0: the zero code
     boundaries = torch.tensor(form.boundaries, dtype=torch.float32, device=rows.device)
-    codes = _count_boundaries_below(rows / divisors, boundaries).to(torch.uint8)
-    if codes.shape[-1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1), value=form.zero_code)
-    return codes
+    return _count_boundaries_below(rows / divisors, boundaries).to(torch.uint8)
 
 
 def _count_boundaries_below(values: Tensor, boundaries: Tensor) -> Tensor:
@@ -134,7 +131,7 @@ def block_squared_errors(
     """Return the squared error of each block with these scales, (rows, blocks), from ``LANES`` partial sums."""
     columns = rows.shape[-1]
     levels = torch.tensor(form.levels, dtype=torch.float32, device=rows.device)
-    codes = nearest_codes_padded_to_even(rows, scales, form, block_size)[:, :columns]
+    codes = nearest_codes(rows, scales, form, block_size)
     error = rows - levels[codes.int()] * expand_block_scales(scales, block_size, columns)
     error = error * error
     if importance is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowmem.quant.formats import get_format
-from lowmem.quant.packing import check_block_size, packed_row_bytes, unpack
+from lowmem.quant.packing import check_block_size
 from lowmem.quant.scale_encodings import ScaleEncoding, get_scale_encoding
 from lowmem.quant.scale_search import CANDIDATES, expand_block_scales
 
@@ -128,7 +128,7 @@ class QuantizedTensor:
         *leading, columns = self.shape
         encoding = self.encoding
         width = encoding.stored_row_length(-(-columns // self.block_size))
-        packed = packed_row_bytes(columns, get_format(self.format).bits)
+        packed = get_format(self.format).width.row_bytes(columns)
         return torch.Size((*leading, packed)), torch.uint8, torch.Size((*leading, width)), encoding.dtype
 
     def check_layout(self) -> None:
@@ -210,10 +210,7 @@ class QuantizedTensor:
 
     def unpacked(self, packed: Tensor) -> Tensor:
         """Return the codes (..., n) in rows of ``packed``, of which 8-bit ones are a view."""
-        if get_format(self.format).bits == 8:
-            return packed
-        # Without the padding
-        return unpack(packed, self.block_size)[..., : self.shape[-1]]
+        return get_format(self.format).width.unpack_rows(packed, self.block_size, self.shape[-1])
 
     @property
     def has_offsets(self) -> bool:

@@ -1,15 +1,18 @@
 """Formats are data that hold their own promises."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+import lowmem
 from lowmem import FORMATS, quantize
 from lowmem.quant.formats import EIGHT_BIT, IMPORTED, Format, get_format
-from lowmem.quant.packing import check_block_size
+from lowmem.quant.packing import CODE_WIDTHS, check_block_size
 from lowmem.quant.scale_encodings import ENCODINGS
-from lowmem.quant.scale_search import least_error_scales, nearest_codes_padded_to_even
+from lowmem.quant.scale_search import least_error_scales, nearest_codes
 
 every_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 
@@ -66,7 +69,7 @@ def test_bof4s_is_what_normal_weights_ask_for():
     form = FORMATS["bof4s"]
     weight = torch.randn(2**15, form.block_size, generator=torch.Generator().manual_seed(0))
     scales = least_error_scales(weight, form, form.block_size, 1e30)  # (rows, 1)
-    codes = nearest_codes_padded_to_even(weight, scales, form, form.block_size).int().flatten()
+    codes = nearest_codes(weight, scales, form, form.block_size).int().flatten()
     count = scales.square().expand_as(weight).flatten()
     sums = torch.zeros(16).index_add_(0, codes, (weight / scales).flatten() * count)
     means = sums / torch.zeros(16).index_add_(0, codes, count)
@@ -79,6 +82,27 @@ def test_bof4s_is_what_normal_weights_ask_for():
 def test_wrong_levels_are_refused(levels):
     with pytest.raises(ValueError, match="levels="):
         Format("bad", levels, 16, "float16", "test")
+
+
+def test_bits_follow_from_the_number_of_levels():
+    for form in (*FORMATS.values(), *IMPORTED.values(), *EIGHT_BIT.values()):
+        assert len(form.levels) == 2**form.bits
+        assert form.width is CODE_WIDTHS[form.bits]
+        assert form.width.is_centered == (form.name in EIGHT_BIT)
+    with pytest.raises(ValueError, match="must be 16 or 256 ascending numbers"):
+        Format("bad", tuple(code / 8 for code in range(8)), 32, "float16", "test")
+
+
+def test_what_differs_between_widths_is_asked_of_their_objects_alone():
+    """A comparison of bits with a number would be one more place that a new width has to change."""
+    folder = Path(lowmem.__file__).parent
+    asked = [
+        f"{path.relative_to(folder)}: {line.strip()}"
+        for path in sorted(folder.rglob("*.py"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"\bbits\s*(==|!=)\s*\d", line)
+    ]
+    assert asked == []
 
 
 @pytest.mark.parametrize("name", ["int3", "", None, ["nf4"]])

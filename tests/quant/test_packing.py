@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem import pack, unpack
+from lowmem.quant.packing import CODE_WIDTHS
 from tests import strategies
 
 
@@ -27,6 +28,33 @@ def test_round_trips_for_every_shape_and_block_size(leading, pairs, block_size, 
     assert torch.equal(unpack(packed, block_size), codes)
     other = torch.randint(0, 256, (*leading, pairs), generator=generator, dtype=torch.uint8)
     assert torch.equal(pack(unpack(other, block_size), block_size), other)
+
+
+@given(
+    st.sampled_from([*CODE_WIDTHS]),
+    strategies.leading_shapes,
+    st.integers(1, 300),
+    strategies.block_sizes,
+    strategies.seeds,
+)
+def test_codes_of_each_width_survive_as_bytes_and_in_floats(bits, leading, columns, block_size, seed):
+    width = CODE_WIDTHS[bits]
+    assert width.bits == bits
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (*leading, columns), generator=generator, dtype=torch.uint8)
+    packed = width.pack_rows(codes, block_size, 0)
+    assert packed.shape == (*leading, width.row_bytes(columns))
+    assert 8 * width.row_bytes(columns) < bits * columns + 8
+    assert torch.equal(width.unpack_rows(packed, block_size, columns), codes)
+    assert torch.equal(width.unpack_float_rows(packed.float(), block_size, columns), codes.float())
+    other = width.pack_rows(codes, 8, 0)
+    assert torch.equal(other, packed) or width.is_packed_by_block
+
+
+def test_the_padding_code_fills_the_last_byte():
+    codes = torch.tensor([[1, 2, 3]], dtype=torch.uint8)
+    assert CODE_WIDTHS[4].pack_rows(codes, 8, 7).tolist() == [[1 | 3 << 4, 2 | 7 << 4]]
+    assert CODE_WIDTHS[8].pack_rows(codes, 8, 7).tolist() == [[1, 2, 3]]
 
 
 @given(st.integers(1, 40), strategies.small_blocks)

@@ -14,7 +14,7 @@ from lowmem.quant.scale_search import (
     block_squared_errors,
     expand_block_scales,
     least_error_scales,
-    nearest_codes_padded_to_even,
+    nearest_codes,
 )
 from tests import strategies
 
@@ -60,7 +60,7 @@ def test_block_errors_are_the_squared_differences(weight, format, size):
     form = get_format(format)
     scales = block_absmax(rows, size, form.signed)
     levels = torch.tensor(form.levels)
-    codes = nearest_codes_padded_to_even(rows, scales, form, size)[:, : rows.shape[-1]].int()
+    codes = nearest_codes(rows, scales, form, size)[:, : rows.shape[-1]].int()
     error = (rows - levels[codes] * expand_block_scales(scales, size, rows.shape[-1])).double().square()
     got = block_squared_errors(rows, scales, form, size, None)
     for block, column in enumerate(got.unbind(-1)):
@@ -77,7 +77,7 @@ def test_a_code_is_the_number_of_thresholds_below_the_value(format):
     thresholds = boundaries[boundaries.isfinite()]
     beside = [torch.nextafter(thresholds, torch.tensor(side)) for side in (-torch.inf, torch.inf)]
     values = torch.cat([thresholds, *beside, torch.tensor([-LARGEST, -1.0, -0.0, 0.0, 1.0, LARGEST])])[None]
-    codes = nearest_codes_padded_to_even(values, torch.ones(1, 1), form, values.shape[1])[0, : values.shape[1]]
+    codes = nearest_codes(values, torch.ones(1, 1), form, values.shape[1])[0, : values.shape[1]]
     below = torch.tensor([bisect_left(boundaries.tolist(), value) for value in values[0].tolist()])
     assert torch.equal(codes.long(), below)
 
@@ -110,7 +110,7 @@ def test_candidates_lie_a_sixteenth_apart_those_nearest_to_the_largest_first():
 def test_importance_multiplies_the_squared_error():
     rows, form = torch.tensor([[0.3, -0.7, 1.0, 0.45]]), FORMATS["nf4"]
     importance, scale = torch.tensor([4.0, 0.0, 1.0, 9.0]), torch.tensor([[0.9]])
-    codes = nearest_codes_padded_to_even(rows, scale, form, 4).long()
+    codes = nearest_codes(rows, scale, form, 4).long()
     errors = (rows - torch.tensor(form.levels)[codes] * 0.9).double() ** 2
     found = block_squared_errors(rows, scale, form, 4, importance)
     torch.testing.assert_close(found.double(), (errors * importance).sum(-1, keepdim=True), rtol=1e-5, atol=0)

@@ -56,6 +56,18 @@ from lowmem.quant.tensor import QuantizedTensor
 
 _EIGHT_BITS = "it has 8 bits a weight, and 4 are kept: take the dense model, or one in 4 bits"
 _FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def _first_bytes_of_int32(words: Tensor, count: int) -> Tensor:
+    return tensor_bytes_copy(words)[..., :count]
+
+
+_INTEGERS = {
+    4: ("compressed-tensors", unpacked_4bit_codes_from_int32),
+    8: (INT8, _first_bytes_of_int32),
+}
+"""By bits: the kind of integers, and what returns the first numbers of rows of words: uint8 (..., count)."""
+
 _OTHERS = ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale")
 
 _GROUPS = (32, 16, 8, 4, 2, 1)
@@ -121,13 +133,7 @@ def _packed_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, 
     group = columns // groups
     check_some_scheme_fits_layer(config, layer_tensors.layer, group, shape, zeros is not None)
 
-    def unpacked_rows(packed_words: Tensor, count: int) -> Tensor:
-        """Return the first ``count`` numbers of each row of words: int32 (..., words) -> uint8 (..., count)."""
-        return (
-            unpacked_4bit_codes_from_int32(packed_words, count)
-            if bits == 4
-            else tensor_bytes_copy(packed_words)[..., :count]
-        )
+    kind, unpacked_rows = _INTEGERS[bits]
 
     def read_zero_points() -> Tensor:
         """Return the zero points, which are packed along the outputs: uint8 (..., out, groups)."""
@@ -143,7 +149,7 @@ def _packed_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, 
 
     layer = LazyIntegerWeight(
         layer_tensors,
-        "compressed-tensors" if bits == 4 else INT8,
+        kind,
         shape,
         group,
         scale.dtype,
@@ -152,7 +158,7 @@ def _packed_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, 
         zeros=read_zero_points,
         groups=None if order is None else read_column_groups,
     )
-    return layer.exact_or_refused_foreign_tensor() if bits == 4 else layer.as_refused_foreign_tensor(_EIGHT_BITS)
+    return layer.as_refused_foreign_tensor(_EIGHT_BITS) if kind == INT8 else layer.exact_or_refused_foreign_tensor()
 
 
 def _mxfp4_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, Any]) -> LazyForeignTensor:

@@ -27,6 +27,7 @@ from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PARTS = ("qweight", "qzeros", "scales")
+_BITS = 4  # of the codes that are read
 
 
 def _iterate_weights_and_tensor_names(
@@ -89,7 +90,7 @@ def _gptq_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, An
     order = specs.get("g_idx")
     inputs = 8 * words if order is None else math.prod(order.shape)
     bits = config.get("bits", 32 * words / inputs if inputs else 0)
-    if bits != 4:
+    if bits != _BITS:
         why = f"it has {short_repr(bits)} bits a weight, and 4 are read: take the dense model, or one in 4 bits"
         return layer_tensors.refused_tensor_of_weight("GPTQ", (outputs, inputs), why)
     is_order = order is None or (order.shape == (inputs,) and order.dtype in (torch.int32, torch.int64))

@@ -15,13 +15,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowmem.kernels.column_rounding import PANEL
 from lowmem.nn.techniques import FourBit
 from lowmem.quant.backend import ColumnPanel, backend_of
 from lowmem.quant.formats import get_format
-from lowmem.quant.packing import pack
 from lowmem.quant.quantize_tensor import quantize
 from lowmem.quant.scale_encodings import ScaleEncoding
 from lowmem.quant.tensor import QuantizedTensor
@@ -101,11 +100,10 @@ def quantize_gptq(weight: Tensor, technique: FourBit, hessian: PreparedHessian) 
         best = best.best_of_each_row(fit.current_codes_scales_and_errors())
     codes = torch.empty_like(best.codes)
     codes[hessian.order] = best.codes
-    form, columns = get_format(initial.format), weight.shape[1]
-    rows = nn.functional.pad(codes.T, (0, columns % 2), value=form.zero_code)
+    form = get_format(initial.format)
     return replace(
         initial,
-        packed=pack(rows.contiguous(), initial.block_size),
+        packed=form.width.pack_rows(codes.T.contiguous(), initial.block_size, form.zero_code),
         scales=best.stored.contiguous(),
         method="calibrated",
     )

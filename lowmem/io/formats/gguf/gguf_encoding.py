@@ -128,7 +128,7 @@ def block_row_bytes(blocks: QuantizedTensor) -> Tensor:
         if BLOCKS[KINDS[blocks.format]].offsets is not None:
             offsets = offsets or [torch.zeros_like(scales)]
         heads = [tensor_bytes_copy(head.half()[..., None]) for head in (scales / divisor, *offsets)]
-        packed = packed ^ 128 if get_format(blocks.format).bits == 8 else packed
+        packed = packed ^ 128 if get_format(blocks.format).width.is_centered else packed
     return torch.cat([*heads, packed], dim=-1).flatten(1)
 
 
@@ -164,7 +164,7 @@ def _scale_divisor_or_none(format: str) -> float | None:
 
 def _weight_in_blocks_of_32(weight: QuantizedTensor) -> QuantizedTensor:
     """Return the same weight in blocks of 32, with float32 scales: (..., columns / 32)."""
-    is_packed = weight.block_size == SIZE or get_format(weight.format).bits == 8
+    is_packed = weight.block_size == SIZE or not get_format(weight.format).width.is_packed_by_block
     packed = weight.packed if is_packed else pack(unpacked_codes(weight), SIZE)
     scales = torch.cat(_reblocked_scales_and_offsets(weight, SIZE), dim=-1)
     encoding = "float32_offsets" if weight.has_offsets else "float32"

@@ -21,7 +21,6 @@ from lowmem.io.formats.gguf.gguf_tensor_names import GGUFTransformersNameMap, te
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.backend import Weight
 from lowmem.quant.formats import get_format
-from lowmem.quant.packing import packed_row_bytes
 
 CHUNK_BYTES = 2**20  # of a file, that are decoded at a time
 
@@ -71,7 +70,7 @@ class _GGUFTensorReader:
         block = self.block
         assert block.packed
         assert block.format
-        width = packed_row_bytes(self.columns, get_format(block.format).bits)
+        width = get_format(block.format).width.row_bytes(self.columns)
         packed = torch.empty(self.rows if with_codes else 0, width, dtype=torch.uint8, device="cpu")
         scales, offsets = [], []
         for rows, raw in self.iterate_row_slices_and_blocks():
