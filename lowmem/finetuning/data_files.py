@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import StringIO
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 
 from lowmem.errors import error_type_and_first_line, file_error, quoted_path, short_repr
 from lowmem.io.filesystem import open_regular_file, read_errors_with_path, read_text_and_sha256
-from lowmem.io.hub_names import is_hub_name
+from lowmem.io.hub_names import HUB_SECONDS, hub_failure_text, is_hub_name
 from lowmem.version import install_command
 
 _Reader: TypeAlias = "Callable[[Path], tuple[list[Row], str]]"
@@ -58,7 +59,6 @@ def is_hub_data_set_name(name: str) -> bool:
         and len(parts) <= 2
         and all(re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in parts)
         and not Path(name).exists()
-        and Path(name).suffix.lower() not in READERS
     )
 
 
@@ -105,7 +105,8 @@ def combined_digest(files: Iterable[DataFile]) -> str:
 def _reader_by_suffix(path: Path) -> _Reader:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise file_error(path, f"its name must end in {_SUFFIXES}")
+        why = "" if path.exists() else "there is no such file here, and files of its kind are not read: "
+        raise file_error(path, f"{why}its name must end in {_SUFFIXES}")
     return reader
 
 
@@ -197,34 +198,54 @@ def _read_parquet(path: Path) -> tuple[list[Row], str]:
 
 
 def _read_hub_data_set(name: str) -> DataFile:
-    """Return the rows of a data set of the Hub, which ``datasets`` downloads or has in its cache."""
+    """Return the rows of a data set of the Hub, which ``datasets`` downloads; if the Hub gives none, of its cache."""
     try:
         from datasets import DownloadConfig, load_dataset
+        from datasets import config as settings
         from datasets.exceptions import DatasetGenerationError, DatasetsError
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError as reason:
         needed = "a data set of the Hub needs the package datasets"
         raise ImportError(f"{name!r}: {needed}: {install_command('data')}") from reason
     repository, split, config = (*name.split(":"), *[None] * 2)[:3]
+    refusal, is_offline = _hub_refusal_or_none(repository), settings.HF_HUB_OFFLINE
     try:
+        # Otherwise the Hub is asked for half a minute before the cache is
+        settings.HF_HUB_OFFLINE = is_offline or refusal is not None
         items = load_dataset(
             repository, config, split=split or "train", download_config=DownloadConfig(max_retries=1)
         ).to_list()
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as reason:
+    # Of huggingface_hub's error, one base is that of the HTTP library, which depends on the version
+    except (DatasetsError, *HfHubHTTPError.__bases__, ValueError, RuntimeError) as reason:
         # Of any error while rows are read, datasets makes one that does not say what is wrong
         cause = (isinstance(reason, DatasetGenerationError) and reason.__cause__) or reason
         if isinstance(cause, MemoryError):
             raise cause from None
-        raise file_error(
-            name,
-            "there is no such file or folder here, and the Hub's data set cannot be loaded: "
-            f"{error_type_and_first_line(cause)}",
-        ) from reason
+        why = f"and the Hub's data set cannot be loaded: {error_type_and_first_line(cause)}"
+        if refusal is not None and isinstance(cause, ConnectionError):
+            command = f"from datasets import load_dataset; load_dataset({repository!r}, {config!r})"
+            lacks = f"the cache {quoted_path(settings.HF_DATASETS_CACHE)} lacks it, and {refusal}"
+            why = f"{lacks}; `python -c {shlex.quote(command)}` fetches it"
+        raise file_error(name, f"there is no such file or folder here, {why}") from reason
+    finally:
+        settings.HF_HUB_OFFLINE = is_offline
     rows = _arrow_rows(items)
     if not rows:
         raise file_error(name, "it is empty; name a data set with text")
     digest = hashlib.sha256(json.dumps(items, sort_keys=True, default=str).encode()).hexdigest()
     return DataFile(name, rows, digest)
+
+
+def _hub_refusal_or_none(repository: str) -> str | None:
+    """Ask the Hub once for a data set; return why it gives none."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(repository, timeout=HUB_SECONDS)
+    except (*HfHubHTTPError.__bases__, ValueError) as reason:
+        return hub_failure_text(repository, "main", reason, "data set")
+    return None
 
 
 def _arrow_rows(items: list[dict[str, Any]]) -> list[Row]:

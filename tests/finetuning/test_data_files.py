@@ -3,12 +3,13 @@
 import csv
 import hashlib
 import json
+import shlex
 import sys
 
 import pytest
 
 from lowmem import FileError
-from lowmem.finetuning.data_files import Row, combined_digest, is_hub_data_set_name, read_data_files
+from lowmem.finetuning.data_files import Row, check_data_path, combined_digest, is_hub_data_set_name, read_data_files
 
 ROWS = [{"prompt": 'a, "b"\nc', "completion": "ü"}, {"prompt": "d", "completion": ""}]
 
@@ -105,8 +106,26 @@ def test_names_of_the_hub_are_no_paths(tmp_path, monkeypatch):
         assert is_hub_data_set_name(name), name
     for name in ("me/here", "./qa", "~/qa", "/me/qa", "a/b/c", "qa", "me/qa.csv", "me/", "me/qa:", "../qa"):
         assert not is_hub_data_set_name(name), name
-    for name in ("me/qa:a:b:c", "me/qa:train[:9]", "a/b.gguf"):
+    for name in ("me/qa:a:b:c", "me/qa:train[:9]", "a/b.gguf", "a/b.PDF", "me/qa.things", "me/qa.xyz:test"):
         assert not is_hub_data_set_name(name), name
+    for name in ("a/qa.things", "me/qa-1.5", "me/qa-2.5B"):
+        assert is_hub_data_set_name(name), name
+
+
+@pytest.mark.parametrize("name", ["data/qa.doc", "data/qa.things", "other/qa.docx", "data/qa"])
+def test_the_kinds_of_files_are_named_for_a_file_that_is_missing_and_of_none(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    told = "there is no such file here, and files of its kind are not read: its name must end in "
+    if name != "data/qa":
+        with pytest.raises(
+            FileError, match=rf"^cannot read '.*qa.*': {told}\.txt, \.jsonl, \.json, \.csv, \.tsv, \.parquet"
+        ):
+            check_data_path(name)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("a")
+    with pytest.raises(FileError, match=r"^cannot read '.*qa.*': its name must end in \.txt"):
+        check_data_path(name)
 
 
 def test_parquet_is_read_without_the_nulls_that_it_fills_in(tmp_path):
@@ -148,12 +167,60 @@ def test_a_data_set_of_the_hub_is_read_by_its_split_and_config(tmp_path, monkeyp
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     for name in ("me/qa", "me/qa:test", "me/qa:test:main"):
         (file,) = read_data_files(name)
         assert file.rows == [Row("row 1", {"prompt": "a", "completion": "b", "n": None})]
     assert asked == [("me/qa", None, "train", 1), ("me/qa", None, "test", 1), ("me/qa", "main", "test", 1)]
     with pytest.raises(FileError, match="^cannot read 'a/qa': there is no such file or folder here.*reach 'a/qa'"):
         read_data_files("a/qa")
+
+
+@pytest.fixture
+def unreachable_hub(tmp_path, monkeypatch):
+    """A Hub that no server answers for, and empty caches; returns the cache of data sets."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install '.[data]'")
+    from tests.integrations.transformers.hub import Hub, use_hub
+
+    monkeypatch.chdir(tmp_path)
+    # The port of discard, of which nothing runs here
+    use_hub(monkeypatch, Hub("http://127.0.0.1:9"), tmp_path / "home")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"it waits {seconds} s to ask again"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(("name", "call"), [("me/qa", "'me/qa', None"), ("me/qa:test:main", "'me/qa', 'main'")])
+def test_a_hub_that_is_not_reached_is_one_line_at_once_with_the_command(name, call, unreachable_hub):
+    with pytest.raises(FileError) as caught:
+        read_data_files(name)
+    told, command = str(caught.value).split("; `", 1)
+    assert told.startswith(
+        f"cannot read '{name}': there is no such file or folder here, the cache '{unreachable_hub}' lacks it, and "
+        "http://127.0.0.1:9 cannot be reached (ConnectError: "
+    )
+    words = shlex.split(command.removesuffix("` fetches it"))
+    assert words == ["python", "-c", f"from datasets import load_dataset; load_dataset({call})"]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_in_the_cache_is_taken_where_the_hub_is_not_reached(unreachable_hub):
+    from datasets import Dataset, config
+
+    folder = unreachable_hub / "me___qa" / "default" / "0.0.0" / "1f"
+    Dataset.from_list([{"prompt": "a", "completion": "b"}]).save_to_disk(folder)
+    (folder / "data-00000-of-00001.arrow").rename(folder / "qa-train.arrow")
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info |= {"config_name": "default", "dataset_name": "qa", "version": "0.0.0"}
+    info |= {"splits": {"train": {"name": "train", "num_examples": 1, "num_bytes": 1, "dataset_name": "qa"}}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    (file,) = read_data_files("me/qa")
+    assert file.rows == [Row("row 1", {"prompt": "a", "completion": "b"})]
+    with pytest.raises(FileError, match="^cannot read 'me/qa:test': .* cannot be loaded: .*test"):
+        read_data_files("me/qa:test")
+    assert config.HF_HUB_OFFLINE is False
 
 
 def test_of_errors_of_a_data_set_those_of_the_library_are_turned_alone(tmp_path, monkeypatch):
@@ -165,6 +232,7 @@ def test_of_errors_of_a_data_set_those_of_the_library_are_turned_alone(tmp_path,
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     wrapped = DatasetGenerationError("An error occurred while generating the dataset")
     for error, cause in (
         (MemoryError("m"), None), (KeyboardInterrupt("k"), None), (KeyError("a"), None), (wrapped, MemoryError("m"))

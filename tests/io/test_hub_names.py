@@ -23,6 +23,7 @@ def test_a_name_of_the_hub_is_an_owner_and_a_name(name, tmp_path, monkeypatch):
         *("owner/..", ".a/b", "a/-b"),
         *("module:factory", "owner/name:x", "owner/name@v1", "hf://owner/name", "https://a/b", "öwner/name"),
         *("models/file.gguf", "models/file.safetensors", "models/model.safetensors.index.json"),
+        *("data/texts.doc", "data/texts.CSV", "data/texts.parquet"),
     ],
 )
 def test_other_names_never_reach_the_network(name, tmp_path, monkeypatch):
@@ -32,8 +33,13 @@ def test_other_names_never_reach_the_network(name, tmp_path, monkeypatch):
 
 def test_what_is_here_is_no_name_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    assert is_hub_name("owner/name.thing")
     Path("owner").mkdir()
     assert is_hub_name("owner/name")
+    assert is_hub_name("owner/name-1.5")
+    assert is_hub_name("owner/name-2.5B")
+    # A misspelt file of this folder
+    assert not is_hub_name("owner/name.thing")
     Path("owner", "name").symlink_to("nowhere")
     assert not is_hub_name("owner/name")
     Path("owner", "name").unlink()

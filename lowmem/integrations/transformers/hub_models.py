@@ -11,19 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
 from huggingface_hub.utils import tqdm
 
-from lowmem.errors import error_type_and_first_line, file_error, printable_line, quoted_path, short_repr
+from lowmem.errors import file_error, printable_line, quoted_path, short_repr
 from lowmem.io.formats.peft.peft_reader import CONFIG as ADAPTER_CONFIG
 from lowmem.io.formats.peft.peft_reader import WEIGHTS as ADAPTER_WEIGHTS
+from lowmem.io.hub_names import HUB_SECONDS, hub_failure_text
 from lowmem.io.model_folder import CONFIG, WEIGHT_FILE_ENDINGS, WEIGHTS, is_config_or_tokenizer_file
 from lowmem.io.shards import INDEX, read_weight_map
 
@@ -32,9 +26,6 @@ _WEIGHT_FILES = (WEIGHTS, f"{WEIGHTS}{INDEX}", ADAPTER_WEIGHTS)
 
 _PROGRESS: ContextVar[Callable[[int, int], None]] = ContextVar("progress")
 """What is called with the bytes of a download."""
-
-_SECONDS = 10
-"""To wait for the Hub's first answer."""
 
 
 def download_model(
@@ -68,12 +59,12 @@ def download_model(
     if cached is not None and missing is None and cached.name == asked:
         return cached
     try:
-        info = HfApi().model_info(name, revision=asked, timeout=_SECONDS)
+        info = HfApi().model_info(name, revision=asked, timeout=HUB_SECONDS)
     except MemoryError:
         raise
     # The HTTP library of huggingface_hub, and its errors, depend on its version
     except Exception as reason:
-        why = _failure_text(name, asked, reason)
+        why = hub_failure_text(name, asked, reason)
         if cached is None or missing is not None or isinstance(reason, RevisionNotFoundError | HFValidationError):
             raise _download_error(name, revision, missing, why) from reason
         if not isinstance(reason, OfflineModeIsEnabled):
@@ -100,7 +91,7 @@ def download_model(
         raise
     except Exception as reason:
         missing = _cached_folder_and_missing_file(name, asked, weights)[1]
-        raise _download_error(name, revision, missing, _failure_text(name, asked, reason)) from reason
+        raise _download_error(name, revision, missing, hub_failure_text(name, asked, reason)) from reason
 
 
 def _weight_files(name: str, commit: str | None, weight_file: str) -> list[str]:
@@ -140,24 +131,6 @@ def _missing_file_or_none(folder: Path) -> str | None:
         return WEIGHTS
     files = sorted(set(read_weight_map(index).values()))
     return next((file for file in files if not (folder / file).exists()), None)
-
-
-def _failure_text(name: str, revision: str, reason: Exception) -> str:
-    """Return why the Hub has not given a model."""
-    hub = constants.ENDPOINT
-    if isinstance(reason, OfflineModeIsEnabled):
-        return "the network is off (HF_HUB_OFFLINE)"
-    if isinstance(reason, RevisionNotFoundError):
-        return f"{hub} has no revision {printable_line(revision, 60)!r} of it"
-    if isinstance(reason, GatedRepoError):
-        return f"it is gated: accept its terms at {hub}/{name}, and log in by `hf auth login`"
-    if isinstance(reason, RepositoryNotFoundError):
-        return f"{hub} has no such model, or it is private: check the name, or log in by `hf auth login`"
-    if isinstance(reason, HFValidationError):
-        return "it is no name of the Hub, which are owner/name"
-    if isinstance(reason, HfHubHTTPError):
-        return f"{hub} answers with status {reason.response.status_code}"
-    return f"{hub} cannot be reached ({error_type_and_first_line(reason)})"
 
 
 def _download_error(name: str, revision: str | None, missing: str | None, why: str) -> ValueError:
