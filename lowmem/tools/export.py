@@ -136,7 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
             commands = [] if arguments.program is None else _program_commands_of_folder(arguments, outs)
             undo.pop_all()
     if arguments.json:
-        print_json([asdict(row) for row in rows])
+        print_json({"weights": [asdict(row) for row in rows], "files": [*map(str, outs)], "commands": commands})
         return 0
     if arguments.verbose:
         print_table(

@@ -70,6 +70,9 @@ from lowmem.training.prepare_training import prepare_training, release_training
 from lowmem.transforms.module_registry import adaptable_parameter_names
 from lowmem.transforms.named_adapters import add_adapter
 
+TIMED_STEPS = 5
+"""Steps after which the time that is left, as the first step has it, is corrected."""
+
 
 def run(arguments: argparse.Namespace, model_path: Path) -> int:
     """Run the command for a folder."""
@@ -206,9 +209,8 @@ def _run_training_job(arguments: argparse.Namespace, job: FineTuningJob, ranks: 
     if ranks.rank > 0:
         return 0
     figures = {"losses": outcome.losses, "evaluations": outcome.evaluations} | report.run_statistics()
-    _print_training_result(
-        arguments, document | figures, [] if job.save_path is None else suggested_next_commands(job)
-    )
+    commands = [] if job.save_path is None else suggested_next_commands(job)
+    _print_training_result(arguments, document | figures | {"next": commands})
     return 0
 
 
@@ -234,7 +236,9 @@ class _LanguageModelTraining:
             gc.collect()
         model = self._load_base_model(job.technique)
         job.print_notes()
-        if job.held_out is not None and not known:
+        if known:
+            self._print_line(*(_perplexity_line(name, value) for name, value in self.perplexities.items()))
+        elif job.held_out is not None:
             self._measure_and_record_perplexity(
                 "dense" if job.is_dense and job.technique is None else "stored", model
             )
@@ -335,7 +339,11 @@ class _LanguageModelTraining:
                 self._job.model_path, "its predictions are not finite; get its weights again", "fine-tune"
             )
         self.perplexities[name] = value
-        self._print_line(f"perplexity of the held-out text, {name}: {value:.4f}")
+        self._print_line(_perplexity_line(name, value))
+
+
+def _perplexity_line(name: str, value: float) -> str:
+    return f"perplexity of the held-out text, {name}: {value:.4f}"
 
 
 def _add_or_load_adapter(job: FineTuningJob, model: nn.Module) -> nn.Module:
@@ -365,20 +373,28 @@ class _StepReporter:
 
     def __init__(self, stream: Any, device: torch.device) -> None:
         self._out, self._device, self._seconds, self._tokens, self._steps = stream, device, 0.0, 0, 0
+        self._first_seconds = 0.0
 
     def __call__(self, step: Step, update: Callable[..., None], writers: Sequence[MetricsWriter]) -> None:
         """Show a step."""
         self._seconds, self._tokens = self._seconds + step.seconds, self._tokens + step.tokens
         self._steps += 1
-        left = self._seconds / self._steps * (step.steps - step.number)
-        if self._steps == 1 and left:
+        if self._steps == 1:
+            self._first_seconds = step.seconds
+        others = step.steps - step.number
+        # Without the first step, which warms up
+        mean = step.seconds if self._steps == 1 else (self._seconds - self._first_seconds) / (self._steps - 1)
+        left = mean * others
+        if others and self._steps in (1, TIMED_STEPS):
             # Without evaluations and saved states
-            print(
-                f"a step takes {step.seconds:.1f} s: the other {step.steps - step.number} take about "
-                f"{timedelta(seconds=round(left))}",
-                file=self._out,
-                flush=True,
-            )
+            time_left = f"the other {others} take about {timedelta(seconds=round(left))}"
+            if self._steps > 1:
+                text = f"steps {step.number - self._steps + 2} to {step.number} took {mean:.2g} s each: {time_left}"
+            else:
+                text = f"step {step.number} took {mean:.2g} s, with warm-up: at this rate {time_left}"
+                if others >= TIMED_STEPS:
+                    text += f"; corrected after step {step.number + TIMED_STEPS - 1}"
+            print(text, file=self._out, flush=True)
         memory = process_peak_bytes_or_none(self._device)
         speed = self._tokens / max(self._seconds, 1e-9)
         figures = f"{tokens_per_second_text(speed)} tokens/s" + (
@@ -410,12 +426,14 @@ class _StepReporter:
         }
 
 
-def _print_training_result(arguments: argparse.Namespace, record: dict[str, Any], commands: Sequence[str]) -> None:
+def _print_training_result(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     if arguments.json:
         print_json(record | {"evaluations": [[step, finite_or_none(value)] for step, value in record["evaluations"]]})
     else:
-        for name, value in record["perplexity"].items():
-            print(f"perplexity of the held-out text, {name}: {math.inf if value is None else value:.4f}")
+        # The others were printed before the first step
+        if "adapted" in record["perplexity"]:
+            value = record["perplexity"]["adapted"]
+            print(_perplexity_line("adapted", math.inf if value is None else value))
         for name, value in record.get("held_out", {}).items():
             print(f"{name} of the held-out pairs, adapted: {value:.4f}")
         if record["peak_bytes"] is not None:
@@ -424,5 +442,5 @@ def _print_training_result(arguments: argparse.Namespace, record: dict[str, Any]
         print(f"time of a step: {record['seconds_per_step']:.3f} s, {speed}", flush=True)
     if arguments.save is not None:
         print_saved_path_to_stderr(arguments.save)
-        for command in commands:
+        for command in record["next"]:
             print(f"next: {command}", file=sys.stderr)

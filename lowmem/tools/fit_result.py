@@ -18,6 +18,7 @@ from lowmem.io.adapter_files import save_adapter
 from lowmem.io.filesystem import atomic_folder, write_atomically, write_errors_with_path
 from lowmem.io.hub_names import hub_name_and_commit_or_none
 from lowmem.io.training_record import FILES_KEY, KEPT_BASE, RECORD_FILE, sha256_by_file
+from lowmem.tools.export_programs import LLAMA_CPP, OLLAMA
 from lowmem.tools.fit_job import FineTuningJob, states_folder
 from lowmem.tools.fit_samples import samples_markdown
 from lowmem.transforms.named_adapters import delete_adapter
@@ -57,13 +58,19 @@ def suggested_next_commands(job: FineTuningJob) -> list[str]:
     how = ["--chat"] if job.texts.chats else ["--prompt", "TEXT"]
     # Where the adapter's config does not find it
     named = ["--base", base] if job.has_public_base_name and job.base_name != base else []
+    serve, alternative = [["serve", out]] if job.keep_base else [], ""
     if job.gguf.refusal is None:
-        options = [*named, *([] if job.gguf.inexact is None else ["--requantize"])]
-        options += [] if job.gguf.like is None else ["--like", "GGUF"]
-        last = ["export", out, f"{out.rstrip(os.sep)}.gguf", *options]
+        like = [] if job.gguf.like is None else ["--like", "GGUF"]
+        how_exported = ["--requantize"]
+        if job.gguf.inexact is None:
+            how_exported = ["--for", LLAMA_CPP]
+            # Which is for chats
+            alternative = f"  # or --for {OLLAMA}" if job.texts.chats else ""
+        last = ["export", out, f"{out.rstrip(os.sep)}.gguf", *named, *like, *how_exported]
     else:
         last = ["merge", base, out, f"{out.rstrip(os.sep)}-merged", *revision, "--to", "bfloat16"]
-    return [shlex.join(["lowmem", *command]) for command in (["generate", out, *named, *how], last)]
+    commands = [shlex.join(["lowmem", *command]) for command in (["generate", out, *named, *how], *serve, last)]
+    return [*commands[:-1], commands[-1] + alternative]
 
 
 def write_adapter_folder(

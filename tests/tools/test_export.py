@@ -52,11 +52,13 @@ def test_a_target_that_another_command_writes_is_refused(tmp_path, capsys):
     assert f"'{out}' is being written by process {os.getpid()} of " in capsys.readouterr().err
 
 
-def test_json_is_the_rows_and_options_reach_the_writer(tmp_path, capsys):
+def test_json_has_the_rows_and_options_reach_the_writer(tmp_path, capsys):
     source = write_folder(tmp_path / "in", weights_of(fourbit("nf4")))
     out, again = tmp_path / "out", tmp_path / "again.gguf"
     assert main(["export", str(source), str(out), "--format", "gguf", "--dtype", "bf16", "--json"]) == 0
-    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["files"], shown["commands"]) == ([str(out)], [])
+    rows = {row["name"]: row for row in shown["weights"]}
     assert rows["lm_head.weight"]["kind"] == "BF16"
     assert 0 < rows["lm_head.weight"]["error"] < 2**-8
     assert rows["model.norm.weight"]["error"] is None

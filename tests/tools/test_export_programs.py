@@ -79,6 +79,10 @@ def test_a_modelfile_holds_the_template_the_system_message_and_the_ends(capsys):
     commands, prompts = ollama_commands_and_prompts(
         Path("My.Modelfile").read_text(encoding="utf8"), [{"messages": turns}, {"messages": turns[:1]}]
     )
+    assert main(["export", "tuned", "Again.gguf", "--for", "ollama", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["files"] == ["Again.gguf", "Again-adapter.gguf", "Again.Modelfile"]
+    assert shown["commands"] == ["ollama create again -f Again.Modelfile", "ollama run again"]
     assert commands[:2] == [("from", "./My.gguf"), ("adapter", "./My-adapter.gguf")]
     assert ("stop", "</s>") in commands
     assert ("system", "Be brief.\nAdd 1.") in commands

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -398,3 +399,57 @@ def test_the_reference_of_a_run_from_an_adapter_is_that_adapter(place, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["losses"] == [pytest.approx(0.6931472, abs=1e-3)]
     assert found["held_out"]["loss"] == pytest.approx(0.6931472, abs=1e-4)
+
+
+def test_the_time_left_says_that_it_is_the_first_step_s_and_is_corrected_once(place, capsys):
+    for steps, corrected in ((1, None), (3, ""), (5, ""), (6, "; corrected after step 5")):
+        assert main(["fit", "llama", "--data", "text.txt", "--length", "48", "--steps", str(steps)]) == 0
+        told = capsys.readouterr().out
+        first = re.findall(
+            r"^step 1 took .* s, with warm-up: at this rate the other (\d) take about (.*)$", told, re.M
+        )
+        again = re.findall(r"^steps 2 to 5 took \S+ s each: the other (\d) take about \d:\d\d:\d\d$", told, re.M)
+        assert (len(first), len(again)) == (int(steps > 1), int(steps > 5))
+        if first:
+            assert first[0][0] == str(steps - 1)
+            assert re.fullmatch(rf"\d:\d\d:\d\d{corrected}", first[0][1])
+            assert told.index("step 1 took") < told.index("step 1/")
+
+
+def test_after_the_first_step_its_warm_up_counts_no_more(capsys):
+    report, lefts = fit_language._StepReporter(sys.stdout, torch.device("cpu")), []
+    writer = SimpleNamespace(write=lambda line: lefts.append(line["seconds_left"]))
+    for number in range(1, 8):
+        step = loop.Step(10 + number, 17, 1.0, 1.0, 1e-3, 8, 9.0 if number == 1 else 0.5)
+        report(step, lambda **_: None, [writer])
+    assert lefts == [54.0, 2.5, 2.0, 1.5, 1.0, 0.5, 0.0]
+    told = [line for line in capsys.readouterr().out.splitlines() if " took " in line]
+    assert told == [
+        "step 11 took 9 s, with warm-up: at this rate the other 6 take about 0:00:54; corrected after step 15",
+        "steps 12 to 15 took 0.5 s each: the other 2 take about 0:00:01",
+    ]
+
+
+def test_each_perplexity_is_printed_once_also_by_a_run_that_goes_on(place, capsys, monkeypatch):
+    argv = ["fit", "llama", "--data", "text.txt", "--length", "48", "--steps", "3", "--eval-share", "0.2"]
+    argv += ["--compare-dense", "--save", "out"]
+
+    def printed():
+        return re.findall(r"^perplexity of the held-out text, (\w+): \d+\.\d{4}$", capsys.readouterr().out, re.M)
+
+    step = loop._FineTuningRun._train_step
+
+    def ending(self, number):
+        step(self, number)
+        if number == 1:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._FineTuningRun, "_train_step", ending)
+        with pytest.raises(Killed):
+            main(argv)
+    assert printed() == ["dense", "stored"]
+    assert main([*argv[:-1], "other"]) == 0
+    assert printed() == ["dense", "stored", "adapted"]
+    assert main([*argv, "--resume"]) == 0
+    assert printed() == ["dense", "stored", "adapted"]

@@ -1,7 +1,6 @@
 """Before `lowmem fit` starts, memory is compared with what is left: rows are split, or options that fit are named."""
 
 import json
-import re
 from dataclasses import replace
 
 import pytest
@@ -139,22 +138,3 @@ def test_the_bound_that_is_planned_is_above_what_is_measured(place, monkeypatch)
             job = replace(jobs[-1], memory_mode=memory)
             bound, measured = (plan_and_peak_bytes(job, is_measured)[1] for is_measured in (False, True))
             assert 0.98 * measured <= bound < 3 * measured, (name, memory)
-
-
-def test_after_the_first_step_the_time_of_the_others_is_told(place, capsys, monkeypatch):
-    leave(monkeypatch, 2**20)
-    assert main(["fit", "llama", "--data", "text.txt", "--length", "48", "--steps", "3", "--json"]) == 0
-    told = capsys.readouterr().err
-    assert re.search(r"^a step takes \d+\.\d s: the other 2 take about \d:\d\d:\d\d$", told, re.MULTILINE)
-    assert told.index("a step takes") < told.index("step 1/3")
-
-
-def test_a_model_that_cannot_be_planned_trains_and_it_is_said(place, capsys, monkeypatch):
-    def fail(job, **named):
-        raise ValueError("model='llama' cannot be planned")
-
-    leave(monkeypatch, 1)
-    monkeypatch.setattr(fit_memory, "plan_and_peak_bytes", fail)
-    assert main(ARGV) == 0
-    told = "lowmem fit: the memory that training takes is not known: model='llama' cannot be planned"
-    assert told in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lowmem.__main__ import main
 from lowmem.integrations.transformers import LowmemConfig
 from lowmem.tools import fit_job
 from tests.integrations.transformers.folders import assert_same, load, write
+from tests.integrations.transformers.ollama import CHATML
 from tests.integrations.transformers.tokens import write_tokenizer
 from tests.tools.test_fit_language import fit
 
@@ -43,7 +45,7 @@ def test_the_folder_opens_with_one_line_in_peft_and_transformers(base, place, ca
             torch.testing.assert_close(kind.from_pretrained("out")(ids).logits, expected, rtol=1e-4, atol=1e-4)
     commands = re.findall(r"^next: lowmem (.*)$", told, flags=re.MULTILINE)
     assert commands[0] == "generate out --prompt TEXT"  # of plain text no chat was learned
-    assert commands[1:] == ["export out out.gguf" + (" --requantize" if base == "stored" else "")]
+    assert commands[1:] == [f"export out out.gguf {'--requantize' if base == 'stored' else '--for llama.cpp'}"]
     assert main(commands[1].split()) == 0
 
 
@@ -78,8 +80,29 @@ def test_the_base_has_the_name_that_is_given(place, capsys):
 def test_a_base_that_gguf_holds_exactly_is_not_quantized_again(stored, place, capsys):
     argv = ["fit", "llama", "--data", "text.txt", "--length", "48", "--steps", "1", "--save", "out"]
     assert main([*argv, *stored]) == 0
-    assert capsys.readouterr().err.endswith("next: lowmem export out out.gguf\n")
+    assert capsys.readouterr().err.endswith("next: lowmem export out out.gguf --for llama.cpp\n")
     assert main(["export", "out", "out.gguf"]) == 0
+
+
+@pytest.mark.parametrize("program", ["llama.cpp", "ollama"])
+def test_after_chats_the_commands_name_both_programs_that_take_the_base_exactly(program, place, capsys):
+    pytest.importorskip("gguf", reason="gguf is not installed: tox -e transformers")
+    config = Path("llama", "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 2048}))
+    Path("llama", "chat_template.jinja").write_text(CHATML)
+    Path("qa.csv").write_text("prompt,completion\n" + "".join(f"{n} and {n}?,{2 * n}\n" for n in range(8)))
+    argv = ["fit", "llama", "--data", "qa.csv", "--steps", "1", "--save", "out", "--for", "llama.cpp", "--keep-base"]
+    assert main([*argv, "--json"]) == 0
+    shown = capsys.readouterr()
+    told = [
+        "lowmem generate out --chat",
+        "lowmem serve out",
+        "lowmem export out out.gguf --for llama.cpp  # or --for ollama",
+    ]
+    assert json.loads(shown.out)["next"] == told
+    assert shown.err.splitlines()[-3:] == [f"next: {command}" for command in told]
+    words = shlex.split(told[-1], comments=True)
+    assert main([*words[1:-1], program]) == 0
 
 
 def test_an_architecture_that_is_not_written_as_gguf_is_merged(place, capsys):
@@ -95,7 +118,7 @@ def test_the_card_of_an_adapter_of_a_gguf_file_says_how_it_opens(place, capsys):
     assert main(["quantize", "llama", "small"]) == 0
     assert main(["export", "small", "base.gguf", "--requantize"]) == 0
     assert main(["fit", "base.gguf", "--data", "text.txt", "--length", "48", "--steps", "1", "--save", "out"]) == 0
-    assert capsys.readouterr().err.endswith("next: lowmem export out out.gguf\n")
+    assert capsys.readouterr().err.endswith("next: lowmem export out out.gguf --for llama.cpp\n")
     card = Path("out", "README.md").read_text()
     assert "AutoModelForCausalLM" not in card
     assert 'load_adapter(from_exact("base.gguf"), "out")' in card
