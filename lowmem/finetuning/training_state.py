@@ -21,6 +21,12 @@ from lowmem.io.filesystem import write_errors_with_path
 from lowmem.io.lowmem_file import verify_and_map_file, write_tensors_returning_digest
 from lowmem.nn.adapter_buffers import current_buffers_by_name
 
+_CHANGES = {
+    "base": "its adapter is of another base: ",
+    "held_out": "its held-out text was another, of --eval-data or --eval-share: ",
+}
+"""What is said of values that differ, before them."""
+
 KIND = "training"
 FILES = ("state-0.safetensors", "state-1.safetensors")
 
@@ -56,7 +62,7 @@ class States:
 
     Attributes:
         changed: texts on values that differ and on damaged states that were skipped, set by ``newest``.
-        facts: values for JSON that are saved with each state, and set again by ``newest``.
+        facts: values for JSON that are saved with each state, and set again where one is read.
     """
 
     def __init__(self, folder: Path, origin: Mapping[str, Any], may_differ: Collection[str] = ()) -> None:
@@ -99,7 +105,10 @@ class States:
         """Return what the run of the newest undamaged state was started with; ``newest`` reports damaged ones."""
         states_and_names, _ = self._read_states_and_errors()
         saved = max((saved for saved, _ in states_and_names), key=lambda saved: saved.step, default=None)
-        return None if saved is None else dict(saved.record["origin"])
+        if saved is None:
+            return None
+        self.facts = dict(saved.record.get("facts", {}))
+        return dict(saved.record["origin"])
 
     def _read_states_and_errors(self) -> tuple[list[tuple[SavedState, str]], list[str]]:
         """Return the undamaged states with their names, and the errors of the others."""
@@ -178,11 +187,10 @@ def check_and_describe_changes(
             continue
         was, to = (_abbreviated_text(values.get(key)) for values in (origin, current))
         if key not in may_differ:
-            other = "its adapter is of another base: " if key == "base" else ""
             raise file_error(
                 path,
-                f"{other}{key} was {was} and is {to}: go on with what the run was started with, or choose "
-                "another name to begin anew",
+                f"{_CHANGES.get(key, '')}{key} was {was} and is {to}: go on with what the run was started with, or "
+                "choose another name to begin anew",
                 "go on from",
             )
         texts.append(f"{key} was {was} until here, and is {to}")

@@ -49,11 +49,14 @@ from lowmem.tools.fit_data import FitTexts, check_data_options, read_fit_texts
 from lowmem.tools.fit_samples import samples_record
 from lowmem.tools.fit_settings import (
     DPO_LEARNING_RATE,
+    STATE_FACT,
     WARMUP_RATIO,
     batches_of_default_step,
     is_given,
+    options_for_state,
     run_of_record,
     take_options_of_run,
+    take_options_of_state,
 )
 from lowmem.tools.output import escaped_and_truncated, finite_or_none
 from lowmem.version import __version__
@@ -97,6 +100,7 @@ class FineTuningJob:
     sample_count: int | None  # if it is given as a number
     notes: tuple[str, ...]  # on the base
     resumed_run: Mapping[str, Any] | None
+    options_for_state: Mapping[str, Any]
     gguf: GGUFOutlook  # of the base as it is stored for training
 
     @property
@@ -188,7 +192,9 @@ class FineTuningJob:
         run = _completed_run_or_none(self.save_path)
         if run is None:
             return False
-        check_and_describe_changes(self.save_path, run, self.run_identity_dict(), MAY_DIFFER)
+        # A held-out file that is not given is not needed any more
+        may_differ = MAY_DIFFER if self.held_out is not None else (*MAY_DIFFER, "held_out")
+        check_and_describe_changes(self.save_path, run, self.run_identity_dict(), may_differ)
         states = self.make_states_or_none()
         if states is not None:
             states.remove()
@@ -351,6 +357,7 @@ def check_arguments_and_make_job(
         arguments.samples if isinstance(arguments.samples, int) else None,
         tuple(base_notes),
         resumed_run,
+        options_for_state(arguments),
         gguf,
     )
     if arguments.configured_run is not None:
@@ -364,11 +371,23 @@ def _check_optimizer(arguments: argparse.Namespace) -> None:
 
 
 def resumed_run_or_none(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """Return what the run was started with that ``--resume`` continues; None: there is none."""
+    """Return what the run was started with that ``--resume`` continues; None: there is none.
+
+    Options that are not given, and that its state has beside that, are set.
+
+    Raises:
+        ValueError: the run went on from an adapter, which is neither given nor in a state.
+    """
     if not arguments.resume:
         return None
-    states = States(states_folder(arguments.save), {})
-    return _completed_run_or_none(arguments.save) or states.newest_origin_or_none()
+    run = _completed_run_or_none(arguments.save)
+    if run is None:
+        states = States(states_folder(arguments.save), {})
+        run = states.newest_origin_or_none()
+        take_options_of_state(arguments, states.facts.get(STATE_FACT, {}))
+    if run is not None and run.get("from") is not None and getattr(arguments, "from") is None:
+        raise ValueError("--resume goes on with a run that began from another adapter: name it with --from ADAPTER")
+    return run
 
 
 def _check_and_describe_kept_base(

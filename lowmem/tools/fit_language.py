@@ -53,8 +53,8 @@ from lowmem.tools.fit_result import (
     write_adapter_folder,
     write_checkpoint,
 )
-from lowmem.tools.fit_samples import evenly_spaced_steps, generate_answers
-from lowmem.tools.fit_settings import options_of_run
+from lowmem.tools.fit_samples import evenly_spaced_steps, generate_answers, prompts_digest
+from lowmem.tools.fit_settings import STATE_FACT, options_of_run
 from lowmem.tools.fit_show import print_examples
 from lowmem.tools.output import (
     escaped_and_truncated,
@@ -246,10 +246,13 @@ class _LanguageModelTraining:
         with forked_rng(job.device):
             torch.manual_seed(job.settings.seed)
             self.model: nn.Module | None = _add_or_load_adapter(job, model)
-        self.answers: dict[str, list[str]] = dict(saved_facts.get("answers", {}))
+        prompts, self.answers = prompts_digest(job.data.samples), dict[str, list[str]]()
+        # A state of before there was a digest has answers to these
+        if saved_facts.get("prompts", prompts) == prompts:
+            self.answers |= saved_facts.get("answers", {})
         if not self.answers:
             self._answer_samples(0)
-        saved_facts["answers"] = dict(self.answers)
+        saved_facts |= {"answers": dict(self.answers), "prompts": prompts, STATE_FACT: job.options_for_state}
         self._rows = self._rows_from_texts(job.texts)
         if job.data.beta is None and not self._rows.calling.isolates_texts and len(job.texts.examples) > 1:
             rows = job.run_identity_dict()["rows_of_a_step"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,12 @@ def examples_with_prompts(examples: Sequence[Example], samples: int | Path) -> t
             "name a file of them"
         )
     return tuple(prompted[:samples] if isinstance(samples, int) else prompted)
+
+
+def prompts_digest(examples: Sequence[Example]) -> str:
+    """Return the SHA-256 of the tokens of prompts, which tells whether answers are to the same ones."""
+    tokens = [example.ids[: _prompt_length(example)].tolist() for example in examples]
+    return hashlib.sha256(repr(tokens).encode()).hexdigest()
 
 
 def evenly_spaced_steps(step_count: int, count: int) -> set[int]:

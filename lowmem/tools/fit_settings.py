@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+from lowmem.errors import quoted_path
+from lowmem.finetuning.data_files import is_hub_data_set_name
 from lowmem.finetuning.packed_rows import pack_into_rows
 from lowmem.finetuning.settings import FineTuning
 from lowmem.finetuning.text_examples import Texts
 from lowmem.io.formats.gguf.gguf_outlook import LLAMA_CPP
 from lowmem.io.training_record import AS_IT_IS
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE
+from lowmem.tools.arguments import option_string
 from lowmem.tools.chat_arguments import NO_TEMPLATE
 
 EXAMPLES_PER_STEP = 8
@@ -36,6 +41,12 @@ ALTERNATIVES = (
     ("warmup", "warmup_ratio"),
 )
 """Options of which one at most is given."""
+
+
+STATE_FACT = "options"
+"""The fact of a state with the options that its run, which is OUT's, too, does not hold."""
+
+_FILES_OF_STATE = ("eval_data", "samples", "from")
 
 
 def is_given(arguments: argparse.Namespace, name: str) -> bool:
@@ -100,6 +111,32 @@ def take_options_of_run(
     if arguments.length is None:
         arguments.text_window = run.get("window")
     set_options_not_given(arguments, options)
+
+
+def options_for_state(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that a state has beside its run, as JSON: paths are absolute."""
+    options = {"base_name": arguments.base_name, "keep_base": arguments.keep_base}
+    for name in _FILES_OF_STATE:
+        value = getattr(arguments, name)
+        # A number of samples is in the run
+        if isinstance(value, Path):
+            options[name] = str(value) if is_hub_data_set_name(str(value)) else os.path.abspath(value)
+    return {name: value for name, value in options.items() if value}
+
+
+def take_options_of_state(arguments: argparse.Namespace, options: Mapping[str, Any]) -> None:
+    """Set the options that are not given to those that ``options_for_state`` returned.
+
+    Raises:
+        ValueError: a file of them is not there any more.
+    """
+    paths = {name: Path(options[name]) for name in _FILES_OF_STATE if name in options}
+    set_options_not_given(arguments, {**options, **paths})
+    for name, path in paths.items():
+        if getattr(arguments, name) is path and not (path.exists() or is_hub_data_set_name(str(path))):
+            raise ValueError(
+                f"{quoted_path(path)} is not there any more, which the run had: name it with {option_string(name)}"
+            )
 
 
 def set_options_not_given(arguments: argparse.Namespace, options: Mapping[str, Any]) -> None:

@@ -135,6 +135,76 @@ def test_a_run_goes_on_with_the_options_that_it_had(place, capsys, monkeypatch, 
     assert other["losses"] == pytest.approx(whole["losses"], rel=1e-4)
 
 
+@pytest.fixture
+def killed_run(place, capsys, monkeypatch):
+    """Return a function that runs a command, which is killed after its fourth step."""
+    step = loop._FineTuningRun._train_step
+
+    def ending(self, number):
+        step(self, number)
+        if number == 3:
+            raise Killed
+
+    def run(*argv):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop._FineTuningRun, "_train_step", ending)
+            with pytest.raises(Killed):
+                main(["fit", "llama", "--data", "data.jsonl", *argv])
+        capsys.readouterr()
+
+    return run
+
+
+def test_files_that_a_run_had_are_those_of_its_state(killed_run, place, capsys, monkeypatch, refused):
+    asked = {"prompt": "7 and 7 is ", "completion": "14"}
+    Path("held-out.jsonl").write_text("\n".join(json.dumps({"text": f"item {n} costs {n}"}) for n in range(9)))
+    Path("asked.jsonl").write_text(json.dumps(asked))
+    assert main(["fit", "llama", "--data", "text.txt", "--length", "48", "--steps", "1", "--save", "start"]) == 0
+    options = ["--length", "48", "--epochs", "2", "--eval-data", "held-out.jsonl", "--samples", "asked.jsonl"]
+    options += ["--from", "start", "--keep-base", "--base-name", "me/llama"]
+    killed_run(*options, "--save", "parts")
+    capsys.readouterr()
+    for name in ("changed", "others"):
+        shutil.copytree("parts.training", f"{name}.training")
+    fit_to_json(capsys, *options, "--save", "whole")
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    argv = ["fit", "../llama", "--data", "../data.jsonl", "--resume"]
+    assert main([*argv, "--save", "../parts"]) == 0
+    monkeypatch.chdir(place)
+    files = sorted(path.relative_to("whole") for path in Path("whole").rglob("*") if path.is_file())
+    assert Path("base/config.json") in files
+    for path in files:
+        if path != Path("README.md"):  # which has the command
+            assert Path("parts", path).read_bytes() == Path("whole", path).read_bytes(), path
+    argv = ["fit", "llama", "--data", "data.jsonl", "--resume"]
+    Path("held-out.jsonl").rename("moved.jsonl")
+    told = refused(*argv, "--save", "changed")
+    assert "held-out.jsonl' is not there any more, which the run had: name it with --eval-data" in told
+    Path("held-out.jsonl").write_text(json.dumps({"text": "another"}))
+    told = refused(*argv, "--save", "changed")
+    assert "its held-out text was another, of --eval-data or --eval-share: held_out was " in told
+    Path("asked.jsonl").write_text("\n".join(json.dumps(asked | {"prompt": f"{n} and "}) for n in range(2)))
+    capsys.readouterr()
+    assert main([*argv, "--save", "others", "--eval-data", "moved.jsonl"]) == 0
+    samples = json.loads(Path("others", "training.json").read_text())["samples"]
+    assert [set(sample["answers"]) for sample in samples] == [{"0", "10", "20"}] * 2
+    # What is done needs none of the files
+    Path("held-out.jsonl").unlink()
+    capsys.readouterr()
+    assert main([*argv, "--save", "whole", "--from", "start"]) == 0
+    assert "whole is complete already" in capsys.readouterr().err
+    assert "began from another adapter: name it with --from ADAPTER" in refused(*argv, "--save", "whole")
+
+
+def test_a_run_may_go_on_with_more_samples(killed_run, capsys):
+    killed_run("--length", "48", "--epochs", "1", "--eval-share", "0.3", "--samples", "1", "--save", "out")
+    assert main(["fit", "llama", "--data", "data.jsonl", "--save", "out", "--samples", "3", "--resume"]) == 0
+    assert "samples was 1 until here, and is 3" in capsys.readouterr().err
+    samples = json.loads(Path("out", "training.json").read_text())["samples"]
+    assert [set(sample["answers"]) >= {"0"} for sample in samples] == [True] * 3
+
+
 def test_an_adapter_that_an_earlier_version_trained_is_complete(place, capsys):
     """Its record has neither the settings nor the defaults of now."""
     options = ["--length", "48", "--batch-size", "4", "--accumulate", "1", "--warmup", "0", "--eval-share", "0"]
