@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from lowmem.kernels.tensor_checks import is_recording_operations
+from lowmem.kernels.tensor_checks import is_recorder_mode_active, is_recording_operations
 from lowmem.quant.backend import Weight, backend_for, backend_of
 from lowmem.quant.formats import get_format
 from lowmem.quant.scale_encodings import get_scale_encoding
@@ -66,10 +66,14 @@ class FrozenWeightOperator:
         """Compute it, differentiable in x; or record it, where a graph is made."""
         return (self.record if _should_record_operator(arguments) else self.differentiable)(*arguments)
 
-    def compute_as_autograd_node(self, *arguments: Any) -> Tensor:
-        """Compute it as one node of autograd's graph, which saves the stored weight only."""
-        out: Tensor = _FrozenWeightFunction.apply(self, *arguments)  # type: ignore[no-untyped-call, unused-ignore]
-        return out
+    def compute_as_autograd_node(self, x: Tensor, weight: Weight, *rest: Any) -> Tensor:
+        """Compute it as one node of autograd's graph, which saves the stored weight only; without a node where
+        nothing differentiates it."""
+        is_transformed = _is_transformed()
+        if not is_transformed and forward_ad._current_level < 0 and not _needs_gradient((x, weight)):
+            return _compute_or_record(self, x, weight, *rest)
+        function = _TransformableFrozenWeightFunction if is_transformed else _FrozenWeightFunction
+        return cast(Tensor, function.apply(self, x, weight, *rest))  # type: ignore[no-untyped-call, unused-ignore]
 
     def register_torch_operator(self, schema: str, map_arguments: Callable[..., tuple[Any, ...]]) -> None:
         """Declare ``torch.ops.lowmem.<name>``, for every device type that is or will be served.
@@ -121,22 +125,33 @@ def _should_record_operator(arguments: tuple[Any, ...]) -> bool:
     if _is_compiling():
         # The operator has no forward-mode derivative
         return not _is_transformed()
-    return _is_tracing() or is_fake_call_without_gradient(
-        arguments
-    )  # by torch.jit.trace; Dynamo cannot trace this call
+    # By torch.jit.trace; Dynamo cannot trace this call
+    return _is_tracing() or _is_recorded_without_gradient(arguments)
 
 
 def is_fake_call_without_gradient(arguments: Sequence[Any]) -> bool:
     """Whether a mode runs a call on fake tensors that bypasses autograd on real ones, since it needs no gradient."""
-    if _is_compiling() or _is_tracing() or _is_transformed() or forward_ad._current_level >= 0:
+    return not _is_compiling() and not _is_tracing() and _is_recorded_without_gradient(arguments)
+
+
+def _is_recorded_without_gradient(arguments: Sequence[Any]) -> bool:
+    if not is_recorder_mode_active() or _is_transformed() or forward_ad._current_level >= 0:
         return False
-    return is_recording_operations() and not _needs_gradient(arguments)
+    return not _needs_gradient(arguments)
 
 
 def _needs_gradient(arguments: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
-    )
+    if torch.is_grad_enabled():
+        for argument in arguments:  # any() of a generator takes twice as long
+            if isinstance(argument, Tensor) and argument.requires_grad:
+                return True
+    return False
+
+
+def _compute_or_record(f: FrozenWeightOperator, x: Tensor, weight: Weight, *rest: Any) -> Tensor:
+    if type(x) is not Tensor and is_recording_operations() and not _is_transformed():
+        return f.record(x, weight, *rest)
+    return f.compute(backend_of(x), x, weight, *rest)
 
 
 def codes_scales_and_description(weight: QuantizedTensor | QuantizedOperands) -> tuple[Tensor, Tensor, str]:
@@ -234,21 +249,10 @@ class _FrozenWeightFunction(torch.autograd.Function):
     """``f(x, weight, *rest)`` for a ``FrozenWeightOperator`` f. Derivatives are f again, so all orders exist."""
 
     @staticmethod
-    def forward(f: FrozenWeightOperator, x: Tensor, weight: Weight, *rest: Any) -> Tensor:
-        if type(x) is not Tensor and is_recording_operations() and not _is_transformed():
-            return f.record(x, weight, *rest)
-        return f.compute(backend_of(x), x, weight, *rest)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.f, x, ctx.weight, *rest = inputs
-        ctx.dtype, ctx.unused = x.dtype, [None] * len(rest)
-        ctx.of_tangent, ctx.of_gradient = ctx.f.derivatives(x, *rest)
-        # save_for_backward raises an error if the weight is changed in place before backward.
-        quantized = isinstance(ctx.weight, QuantizedTensor)
-        if not quantized:
-            check_requires_no_grad(ctx.weight)
-        ctx.save_for_backward(*((ctx.weight.packed, ctx.weight.scales) if quantized else (ctx.weight,)))
+    def forward(ctx: Any, f: FrozenWeightOperator, x: Tensor, weight: Weight, *rest: Any) -> Tensor:
+        out = _compute_or_record(f, x, weight, *rest)
+        _save_for_derivatives(ctx, f, x, weight, *rest)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -261,9 +265,34 @@ class _FrozenWeightFunction(torch.autograd.Function):
     def jvp(ctx: Any, _: None, tangent: Tensor, *__: None) -> Tensor:
         return cast(Tensor, ctx.f.compute_as_autograd_node(tangent, ctx.weight, *ctx.of_tangent))
 
+
+class _TransformableFrozenWeightFunction(_FrozenWeightFunction):
+    """The same for the transforms of torch.func, which need a separate ``setup_context``. A call of such a function
+    reads the signature of ``forward``, which takes longer than a small product."""
+
+    @staticmethod
+    def forward(f: FrozenWeightOperator, x: Tensor, weight: Weight, *rest: Any) -> Tensor:  # type: ignore[override]
+        return _compute_or_record(f, x, weight, *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save_for_derivatives(ctx, *inputs)
+
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], f: FrozenWeightOperator, *arguments: Any) -> tuple[Tensor, int]:
         return _vmapped_output_and_dim(f.compute_as_autograd_node, f.rows_share_weight, info, in_dims[1:], *arguments)
+
+
+def _save_for_derivatives(ctx: Any, f: FrozenWeightOperator, x: Tensor, weight: Weight, *rest: Any) -> None:
+    ctx.f, ctx.weight, ctx.dtype, ctx.unused = f, weight, x.dtype, [None] * len(rest)
+    assert f.derivatives is not None
+    ctx.of_tangent, ctx.of_gradient = f.derivatives(x, *rest)
+    # save_for_backward raises an error if the weight is changed in place before backward.
+    if isinstance(weight, QuantizedTensor):
+        ctx.save_for_backward(weight.packed, weight.scales)
+    else:
+        check_requires_no_grad(weight)
+        ctx.save_for_backward(weight)
 
 
 def _vmapped_output_and_dim(

@@ -67,7 +67,8 @@ def _differentiable_product(
     *b_and_scaling: Any,
 ) -> Tensor:
     out = product.compute_as_autograd_node(x, weight, dtype, transposed)
-    out = out if bias is None else out + bias.to(out.dtype)
+    if bias is not None:
+        out = out + (bias if bias.dtype is out.dtype else bias.to(out.dtype))
     return out if a is None else reference.add_low_rank(out, x, a, *b_and_scaling)
 
 

@@ -67,6 +67,11 @@ def is_recording_operations() -> bool:
     """Whether a tracer or dispatch mode records operations or runs them on fake tensors: it cannot see into C."""
     if _is_compiling() or _tracing() is not None:
         return True
+    return _modes() > 0 and is_recorder_mode_active()
+
+
+def is_recorder_mode_active() -> bool:
+    """Whether a dispatch mode records operations, or runs them on fake tensors."""
     return _modes() > 0 and any(torch._C._get_dispatch_mode(key) is not None for key in _RECORDERS)
 
 

@@ -37,9 +37,12 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
     reference.check_input_dtype_and_width(x, in_features)
     if dtype is torch.int8 and x.requires_grad and torch.is_grad_enabled():
         dtype = kernels.differentiable_dtype(dtype, x)
-    rows = x if x.dim() == 2 else _flatten_to_rows(x)
+    is_matrix = x.dim() == 2
+    rows = x if is_matrix else _flatten_to_rows(x)
     out = backend_of(x).linear(rows, weight, dtype, bias) if plain else ops.product(rows, weight, dtype, False, bias)
-    return out.to(x.dtype).view(*x.shape[:-1], out_features)
+    # Each of the two may add a node to autograd's graph
+    out = out if out.dtype is x.dtype else out.to(x.dtype)
+    return out if is_matrix else out.view(*x.shape[:-1], out_features)
 
 
 def _jit_traceable_frozen_linear(
