@@ -219,9 +219,9 @@ def append_gated_mlp(
 ) -> Any:
     """Add ``down(act(gate) up)`` of rows to steps, and return the address of the result (``outs``, or new room)."""
     *first, down = layers
-    wide = first[0][1]
+    wide = first[0].out_features
     inner = wide if spec.up is not None else wide // 2
-    gate, *others = program.append_products(x, rows, down[1], first)
+    gate, *others = program.append_products(x, rows, down.out_features, first)
     sides = gate, others[0] if others else gate + inner * program.itemsize
     sides = sides if spec.gate_first else sides[::-1]
     hidden = program.append_gated(*sides, rows, inner, wide, ACTIVATIONS[spec.activation])
@@ -234,21 +234,24 @@ def gated_mlp_layers(module: nn.Module, spec: GatedMLPSpec) -> list[Any]:
 
 
 def layers_for_c_or_none(backend: CpuBackend, layers: Iterable[Any], dtype: torch.dtype) -> list[NativeLayer] | None:
-    """Return layers as C takes them, if products with inputs of a dtype are all computed in that dtype."""
+    """Return layers as C takes them, if products with inputs of a dtype are all computed in that dtype, or in 8-bit
+    integers."""
     native_layers: list[NativeLayer] = []
     for layer in layers:
-        parameters = layer._parameters
+        parameters, in_int8 = layer._parameters, False
         if isinstance(layer, QuantizedLinear):
             weight, bias = cached_quantized_weight_or_none(layer) or layer.quantized, parameters.get("bias")
             computed = layer._forms["weight"].form.compute_dtype
-            native_weight = backend._cached_native_weight_or_none(weight) if computed in (None, dtype) else None
+            in_int8 = computed is torch.int8
+            fits = in_int8 or computed in (None, dtype)
+            native_weight = backend.native_weight_or_none(weight, in_int8) if fits else None
         else:
             stored, bias = parameters.get("weight_rounded"), parameters.get("bias_rounded", parameters.get("bias"))
             fits = type(stored) is nn.Parameter and (dtype is torch.float32 or stored.dtype is dtype)
             native_weight = (None, stored, None) if fits else None
         if native_weight is None or (bias is not None and (bias.dtype not in TYPES or not bias.is_contiguous())):
             return None
-        native_layers.append((native_weight, layer.out_features, bias))
+        native_layers.append(NativeLayer(native_weight, layer.out_features, bias, in_int8))
     return native_layers
 
 
@@ -262,6 +265,9 @@ def unsupported_layer_reason_or_none(module: nn.Module, layers: Iterable[Any]) -
             return f"{names[layer]} {why}"
         form, dtype = layer._forms["weight"].form, layer._forms["weight"].dtype
         computed = getattr(form, "compute_dtype", None) or dtype
-        if computed is not dtype or dtype not in ROW_TYPES:
-            return f"{names[layer]} takes {dtype} and computes in {computed}: C needs float32 for both, or bfloat16"
+        if computed not in (dtype, torch.int8) or dtype not in ROW_TYPES:
+            return (
+                f"{names[layer]} takes {dtype} and computes in {computed}: C needs float32 for both, or bfloat16, or "
+                "computes in torch.int8"
+            )
     return None

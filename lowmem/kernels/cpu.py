@@ -474,6 +474,10 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
         )
         return _square_sums_over_rows(squares)
 
+    def native_weight_or_none(self, weight: Weight, in_int8: bool) -> NativeWeight | None:
+        """Return a weight as C takes it in products with floats or with 8-bit integers; None where it takes none."""
+        return self._cached_native_weight_or_none(weight, _IN_INT8 if in_int8 else _AS_FLOATS)
+
     def _cached_native_weight_or_none(self, weight: Weight, cache_key: str = _AS_FLOATS) -> NativeWeight | None:
         """Return a weight as C takes it, making its handle if there is none; None where C cannot read it."""
         if not isinstance(weight, QuantizedTensor):  # faster than isinstance(weight, Tensor)

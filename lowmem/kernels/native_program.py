@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from struct import pack
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,10 +26,24 @@ _ADD, _ROTATE, _PRODUCTS = 8, 9, 100
 # Products of one input that share a region of threads
 MOST_TOGETHER = 3
 _NO_ATTENTION = cpu_rowwise.ATTENTION_CALL.unpack(bytes(cpu_rowwise.ATTENTION_CALL.size))
-_ADD_CALL, _ROTATE_CALL, _PRODUCTS_CALL = "@qqPPP", "@9qPPP", f"@5qP{'qqPP' * MOST_TOGETHER}"
+_ADD_CALL, _ROTATE_CALL, _PRODUCTS_CALL = "@qqPPP", "@9qPPP", f"@5qP{'qqqPP' * MOST_TOGETHER}"
 
-NativeLayer = tuple[NativeWeight, int, Tensor | None]
-"""A layer: its weight as C takes it, its output features and its bias."""
+
+class NativeLayer(NamedTuple):
+    """A layer.
+
+    Attributes:
+        weight: as C takes it; of products in 8-bit integers with levels that are rounded for them.
+        out_features: the rows of the weight.
+        bias: (out_features,), or None.
+        in_int8: whether inputs are rounded to 8 bits.
+    """
+
+    weight: NativeWeight
+    out_features: int
+    bias: Tensor | None
+    in_int8: bool = False
+
 
 AddressOrName: TypeAlias = int | str
 """Of contiguous rows of numbers of one dtype; or the name of a tensor that ``run`` is given."""
@@ -92,14 +106,16 @@ class NativeProgram:
         self, x: AddressOrName, rows: int, columns: int, layers: Sequence[NativeLayer], *outs: AddressOrName
     ) -> Sequence[Any]:
         """Products of one input with up to ``MOST_TOGETHER`` layers; return their addresses."""
-        outs = outs or tuple(self.reserve_scratch_address(rows * features) for _, features, _ in layers)
+        outs = outs or tuple(self.reserve_scratch_address(rows * layer.out_features) for layer in layers)
         sizes = len(layers), len(self._weights) // 3, rows, columns, self.type_id
         each: list[Any] = []
-        for (native_weight, features, bias), out in zip(layers, outs, strict=True):
-            self._weights += native_weight
+        for layer, out in zip(layers, outs, strict=True):
+            self._weights += layer.weight
+            bias = layer.bias
             self._referenced_storages.append(None if bias is None else bias.untyped_storage())
-            each += features, *((0, 0) if bias is None else (TYPES[bias.dtype], bias.data_ptr())), out
-        each += (0,) * (4 * MOST_TOGETHER - len(each))
+            type_and_address = (0, 0) if bias is None else (TYPES[bias.dtype], bias.data_ptr())
+            each += layer.out_features, layer.in_int8, *type_and_address, out
+        each += (0,) * (5 * MOST_TOGETHER - len(each))
         self._append_step(_PRODUCTS_CALL, _PRODUCTS, 0, *sizes, x, *each)
         return outs
 
@@ -173,8 +189,11 @@ class NativeProgram:
         self._fields += fields
 
     def try_run(self, **named_values: Tensor | Sequence[float]) -> bool:
-        """Compute all steps, with a contiguous tensor or fields for each name; False, and nothing is computed, if C
-        cannot multiply one of the weights."""
+        """Compute all steps, with a contiguous tensor or fields for each name.
+
+        False, and no result counts: C cannot multiply one of the weights, or 8-bit integers cannot represent the
+        input of a product, since a number is too large, too small or not finite.
+        """
         for name, value in named_values.items():
             numbers = (value.data_ptr(),) if isinstance(value, Tensor) else value
             for place in self._named_field_positions.get(name, ()):

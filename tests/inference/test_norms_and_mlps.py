@@ -10,10 +10,22 @@ from torch import nn
 from torch.nn import functional
 
 import lowmem
-from lowmem import EightBit, FourBit, Half, LoRA, convert, inference_report, prepare_inference, release_inference
+from lowmem import (
+    EightBit,
+    FourBit,
+    Half,
+    LoRA,
+    convert,
+    inference_report,
+    kernels,
+    prepare_inference,
+    release_inference,
+)
 from lowmem.inference.norms_and_mlps import make_unchanged_check
 from lowmem.kernels.native_program import NativeProgram
-from tests.compiled import needs_kernel
+from lowmem.kernels.rms_norm_and_gating import ACTIVATIONS
+from lowmem.quant.backend import backend_for
+from tests.compiled import compiled, needs_kernel
 from tests.training.blocks import INNER, MLP, WIDTH, Block, Norm
 
 pytestmark = needs_kernel
@@ -108,18 +120,45 @@ def test_the_report_says_what_was_done_and_why_not():
     assert inference_report(release_inference(model)) == {}
 
 
-@pytest.mark.parametrize("computed", [torch.bfloat16, torch.int8])
-def test_a_layer_that_computes_in_another_dtype_runs_as_before(computed, ran):
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("technique", [FourBit(compute_dtype=torch.int8), EightBit(compute_dtype=torch.int8)])
+@compiled
+def test_products_in_integers_are_those_of_the_layers(technique, dtype, joined, rows, isa, ran):
+    """Bit for bit, beside the kernel's own activation: inputs are rounded as the layers round them."""
+    with kernels.temporary_cpu_backend(isa), torch.no_grad():
+        mlp, x = model_of(technique, dtype, joined)[0].mlp, 3 * inputs(dtype, rows)
+        parts = mlp.gate_up(x).chunk(2, -1) if joined else (mlp.gate(x), mlp.up(x))
+        hidden = backend_for().gated(*parts, ACTIVATIONS["SiLU"], dtype)
+        expected, floats = mlp.down(hidden), model_of(type(technique)(), dtype, joined)[0].mlp(x)
+        assert inference_report(prepare_inference(mlp)) == {"": "gated MLP in one call (SiLU)"}
+        assert torch.equal(mlp(x), expected)
+        assert ran == [True]
+        assert not torch.equal(expected, floats)
+
+
+def test_numbers_that_8_bits_cannot_represent_run_as_before(ran):
+    mlp, x = model_of(FourBit(compute_dtype=torch.int8))[0].mlp, inputs()
+    x[0, 0, 0], x[1, 1] = float("inf"), 2.0**-70
+    with torch.no_grad():
+        expected = mlp(x)
+        prepare_inference(mlp)
+        torch.testing.assert_close(mlp(x), expected, rtol=0, atol=0, equal_nan=True)
+    assert ran == [False]
+
+
+def test_a_layer_that_computes_in_another_dtype_runs_as_before(ran):
     """The report says so; and where the model gets that dtype, C computes it."""
-    model, x = model_of(FourBit(compute_dtype=computed)), inputs()
+    model, x = model_of(FourBit(compute_dtype=torch.bfloat16)), inputs()
     report = inference_report(prepare_inference(model))
-    assert report["0.mlp"].startswith(f"as before: gate takes torch.float32 and computes in {computed}: C needs")
+    assert report["0.mlp"].startswith("as before: gate takes torch.float32 and computes in torch.bfloat16: C needs")
     with torch.no_grad():
         model(x)
     assert len(ran) == 2  # the norms
     model.to(torch.bfloat16)
     report = inference_report(prepare_inference(model))
-    assert report["0.mlp"].startswith("gated MLP" if computed is torch.bfloat16 else "as before: gate takes")
+    assert report["0.mlp"].startswith("gated MLP")
     report = inference_report(prepare_inference(model.to(torch.float16)))
     assert report["0.mlp"].startswith("as before: gate takes torch.float16")
     assert report["0.norm"].startswith("as before: C computes no norms of torch.float16")

@@ -8,9 +8,10 @@ from torch import nn
 
 from lowmem import kernels, quantize
 from lowmem.kernels.cpu_rowwise import NO_STATES, attention_work_and_struct_fields, states_struct_fields_or_none
-from lowmem.kernels.native_program import MOST_TOGETHER, NativeProgram
+from lowmem.kernels.native_program import MOST_TOGETHER, NativeLayer, NativeProgram
 from lowmem.kernels.rms_norm_and_gating import ACTIVATIONS
 from lowmem.quant.backend import KeyOrValueStates, backend_for
+from lowmem.quant.tensor import QuantizedTensor
 from tests.compiled import compiled, needs_kernel, on_threads
 from tests.rounding import unit
 
@@ -42,6 +43,8 @@ KINDS = [
     ("int4", 32, "float16"),
     ("int4", 32, "float16_offsets"),
     ("int8", 64, "float32"),
+    ("int4", 64, "double"),
+    ("q8_0", 32, "float16"),
 ]
 
 
@@ -53,28 +56,80 @@ KINDS = [
     st.integers(1, 200),
     dtypes,
     st.booleans(),
+    st.booleans(),
     seeds,
 )
-@example(kinds=KINDS[1:3], batch=2, rows=9, columns=200, dtype=torch.float32, biased=False, seed=0)  # orders differ
-def test_products_of_one_input(isa, kinds, batch, rows, columns, dtype, biased, seed):
+@example(  # orders differ
+    kinds=KINDS[1:3], batch=2, rows=9, columns=200, dtype=torch.float32, biased=False, in_int8=False, seed=0
+)
+@example(kinds=KINDS[1:3], batch=2, rows=9, columns=200, dtype=torch.float32, biased=False, in_int8=True, seed=0)
+@example(  # steps differ
+    kinds=KINDS[1:6:4], batch=40, rows=30, columns=300, dtype=torch.float32, biased=False, in_int8=True, seed=0
+)
+@example(kinds=KINDS[4:7:2], batch=2, rows=30, columns=300, dtype=torch.float32, biased=False, in_int8=True, seed=0)
+@example(
+    kinds=KINDS[1:2] * 3, batch=40, rows=30, columns=300, dtype=torch.bfloat16, biased=True, in_int8=True, seed=0
+)
+@example(kinds=KINDS[4:5] * 2, batch=40, rows=30, columns=300, dtype=torch.float32, biased=True, in_int8=True, seed=0)
+@example(  # packed in pieces of the batch, and the columns in parts
+    kinds=KINDS[1:2] * 2, batch=300, rows=20, columns=8400, dtype=torch.float32, biased=True, in_int8=True, seed=0
+)
+@example(
+    kinds=KINDS[1:2] * 2, batch=300, rows=20, columns=8400, dtype=torch.bfloat16, biased=False, in_int8=True, seed=0
+)
+@example(
+    kinds=KINDS[1:2] * 3, batch=40, rows=30, columns=900, dtype=torch.float32, biased=True, in_int8=False, seed=0
+)
+def test_products_of_one_input(isa, kinds, batch, rows, columns, dtype, biased, in_int8, seed):
     with kernels.temporary_cpu_backend(isa), on_threads(2):
         kernel = backend_for()
         weights = weights_of(len(kinds), kinds, rows, columns, seed)
         x = numbers((batch, columns), seed, dtype)
         biases = [numbers(weight.shape[0], seed).to(dtype) if biased else None for weight in weights]
         steps = NativeProgram(kernel, x.new_empty(sum(batch * weight.shape[0] for weight in weights)))
-        layers = [
-            (kernel._cached_native_weight_or_none(weight), weight.shape[0], bias)
-            for weight, bias in zip(weights, biases, strict=True)
-        ]
+        layers, dtypes = [], []
+        for weight, bias in zip(weights, biases, strict=True):
+            integers = in_int8 and isinstance(weight, QuantizedTensor) and not weight.has_offsets
+            native_weight = kernel.native_weight_or_none(weight, integers)
+            layers.append(NativeLayer(native_weight, weight.shape[0], bias, integers))
+            dtypes.append(torch.int8 if integers else dtype)
         steps.append_products("x", batch, columns, layers)
         if not steps.try_run(x=x):  # torch multiplies one of them, or adds its offsets
             assert batch > 4
+            assert set(dtypes) != {torch.int8}
             return
         found = steps.scratch.split([batch * weight.shape[0] for weight in weights])
-        for got, weight, bias in zip(found, weights, biases, strict=True):
-            expected = kernels.linear(x, weight, dtype, bias)
+        for got, weight, bias, computed in zip(found, weights, biases, dtypes, strict=True):
+            expected = kernels.linear(x, weight, computed, bias)
             assert torch.equal(got.view(batch, -1), expected)
+
+
+@compiled
+@pytest.mark.parametrize("batch", [1, 3, 40])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 2.0**101, 2.0**-70])
+def test_products_in_integers_refuse_what_8_bits_cannot_represent(isa, count, batch, number):
+    """A sequence is then nobody's result, and no error; the next one, of other numbers, runs."""
+    with kernels.temporary_cpu_backend(isa), on_threads(2):
+        kernel, x = backend_for(), numbers((batch, 256), 0)
+        x[-1, 128:] = number
+        weights = weights_of(count, KINDS[1:2] * count, 40, 256, 0)
+        steps = NativeProgram(kernel, x.new_empty(count * batch * 50))
+        layers = [
+            NativeLayer(kernel.native_weight_or_none(item, True), item.shape[0], None, True) for item in weights
+        ]
+        steps.append_products("x", batch, 256, layers)
+        assert not steps.try_run(x=x)
+        assert steps.try_run(x=x.nan_to_num(1, 1).clamp(-1, 1).add_(1))
+
+
+def test_products_in_integers_want_levels_that_are_rounded_for_them():
+    """Else C would multiply steps that it does not have."""
+    weight, x = quantize(numbers((32, 64), 0)), numbers((2, 64), 0)
+    steps = NativeProgram(backend_for(), x.new_empty(64))
+    layer = NativeLayer(backend_for().native_weight_or_none(weight, False), 32, None, True)
+    steps.append_products("x", 2, 64, [layer])
+    assert not steps.try_run(x=x)
 
 
 @compiled
@@ -82,7 +137,7 @@ def test_products_of_what_products_have_given(isa):
     with kernels.temporary_cpu_backend(isa):
         kernel, x = backend_for(), numbers((2, 64), 0)
         weights = [quantize(numbers(shape, seed), "nf4") for seed, shape in enumerate([(32, 64), (32, 64), (8, 32)])]
-        layers = [(kernel._cached_native_weight_or_none(weight), weight.shape[0], None) for weight in weights]
+        layers = [NativeLayer(kernel.native_weight_or_none(item, False), item.shape[0], None) for item in weights]
         steps = NativeProgram(kernel, x.new_empty(2 * (3 * 32 + 8)))
         both = steps.append_products("x", 2, 64, layers[:2])
         steps.append_products(steps.append_sum(*both, 2 * 32), 2, 32, layers[2:])
@@ -192,7 +247,7 @@ def test_nothing_runs_where_a_weight_is_not_what_it_was():
     for columns, rows, codes in ((32, 8, packed), (64, 7, packed), (64, 8, packed.clone()), (64, 8, packed)):
         steps = NativeProgram(kernel, torch.full((100,), 5.0))
         steps.append_sum("x", "x", 20)
-        steps.append_products("x", 2, columns, [((handle, codes, scales), rows, None)])
+        steps.append_products("x", 2, columns, [NativeLayer((handle, codes, scales), rows, None)])
         fits = (columns, rows) == (64, 8) and codes is packed
         assert steps.try_run(x=x) == fits
         assert bool((steps.scratch == 5.0).all()) != fits

@@ -258,8 +258,9 @@ static int read_products(const struct isa *isa, const struct products *call, con
         return 0;
     for (int64_t i = 0; i < call->count; i++) {
         const struct weight *w = weights + call->first + i;
-        const struct kernel *k = plan(isa, w->kind, call->batch, (int)call->type, LINEAR);
-        if (w->columns != call->columns || w->rows != call->each[i].rows || !k || !k->multiply || (w->offsets && !k->adds_offsets))
+        const int in_integers = call->each[i].in_integers != 0;
+        const struct kernel *k = plan(isa, w->kind, call->batch, (int)call->type, in_integers ? LINEAR_INPUTS8 : LINEAR);
+        if ((in_integers && !(w->inputs8_step > 0.0f)) || w->columns != call->columns || w->rows != call->each[i].rows || !k || !k->multiply || (w->offsets && !k->adds_offsets))
             return 0;
         jobs[i] = (struct job){
             .weight = w, .x = call->x, .bias = call->each[i].bias, .out = call->each[i].out, .out_step = w->rows,
@@ -270,16 +271,16 @@ static int read_products(const struct isa *isa, const struct products *call, con
     return 1;
 }
 
-/* Run products of one input, in one region of threads where that is possible. Returns 0 if one of them fails. */
+/* Run products of one input, in one region of threads where that is possible. Returns 1, 0 if one of them refuses what it reads, -1
+ * with a Python error. */
 static int run_products(const struct isa *isa, struct job *jobs, int64_t count, long long threads)
 {
-    const int together = count > 1 ? run_together(isa, jobs, count, threads) : 0;
-    if (together)
-        return together > 0;
-    for (int64_t i = 0; i < count; i++)
-        if (run_product(isa, jobs[i].kernel, jobs + i, NULL, threads) != 1)
-            return 0;
-    return 1;
+    if (count > 1 && can_run_together(jobs, count))
+        return run_together(isa, jobs, count, threads);
+    int done = 1;
+    for (int64_t i = 0; i < count && done == 1; i++)
+        done = run_product(isa, jobs[i].kernel, jobs + i, NULL, threads);
+    return done;
 }
 
 /* Run a row-wise function in parts. numbers: how many it computes; fewer threads run a small call. Returns 0, or -1 with a Python
@@ -308,7 +309,7 @@ static int run_rows(const struct isa *isa, int64_t function, void *call, long lo
 /* sequence(isa, threads, (handle, packed, scales) of each weight in one tuple, calls) -> whether it ran. It runs row-wise
  * functions and products one after another. calls: for each an int64 enum row_function or PRODUCTS, an int64 of how many numbers it
  * computes, and its struct of row_calls.h. False, before anything is computed: a weight has another shape or place than before, or C
- * does not multiply it. */
+ * does not multiply it; or, after earlier calls: 8-bit integers cannot represent the input of a product. */
 static PyObject *sequence(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { ISA, THREADS, WEIGHTS, CALLS, ARGUMENTS };
@@ -351,8 +352,11 @@ static PyObject *sequence(PyObject *self, PyObject *const *args, Py_ssize_t give
                         return no_memory(); /* cannot be: it was checked */
                     Py_RETURN_FALSE;
                 }
-                if (runs && !run_products(isa, jobs, products->count, n[THREADS]))
-                    return PyErr_Occurred() ? NULL : no_memory();
+                const int done = runs ? run_products(isa, jobs, products->count, n[THREADS]) : 1;
+                if (done < 0)
+                    return NULL;
+                if (!done)
+                    Py_RETURN_FALSE;
             } else if (runs && run_rows(isa, head[0], call, n[THREADS], (double)head[1]))
                 return NULL;
         }

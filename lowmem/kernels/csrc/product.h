@@ -151,12 +151,25 @@ struct together {
     int64_t packed_at[MOST_TOGETHER]; /* floats from the start of a copy of packed x to that of a job */
 };
 
+/* Job i of several, where and for what `job` runs now. */
+static struct job job_of(const struct job *job, const struct together *all, int64_t i)
+{
+    struct job one = all->jobs[i];
+    one.packed = job->packed + all->packed_at[i];
+    one.own = job->own;
+    one.own_floats = job->own_floats;
+    one.m0 = job->m0;
+    one.m1 = job->m1;
+    one.g0 = job->g0;
+    one.g1 = job->g1;
+    return one;
+}
+
 static void pack_each(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct together *all = job->call;
     for (int64_t i = 0; i < all->count; i++) {
-        struct job one = all->jobs[i];
-        one.packed = job->packed + all->packed_at[i];
+        struct job one = job_of(job, all, i);
         if (!i || all->packed_at[i] != all->packed_at[i - 1])
             one.kernel->pack(&one, part, parts, thread);
     }
@@ -166,8 +179,7 @@ static void multiply_each(struct job *job, int64_t part, int64_t parts, int64_t 
 {
     const struct together *all = job->call;
     for (int64_t i = 0; i < all->count; i++) {
-        struct job one = all->jobs[i];
-        one.packed = job->packed + all->packed_at[i];
+        struct job one = job_of(job, all, i);
         one.kernel->multiply(&one, part, parts, thread);
     }
 }
@@ -176,42 +188,72 @@ static void multiply_each(struct job *job, int64_t part, int64_t parts, int64_t 
 static int packs_alike(const struct job *a, const struct job *b)
 {
     const struct weight *v = a->weight, *w = b->weight;
-    return a->kernel == b->kernel && v->order == w->order && !v->offsets && !w->offsets;
+    return a->kernel == b->kernel && v->order == w->order && !v->offsets && !w->offsets && v->inputs8_zero == w->inputs8_zero &&
+           (a->kernel->operation == LINEAR || (v->half == w->half && v->inputs8_step == w->inputs8_step));
 }
 
-/* Run products of one input, whose kernels are for a small batch, in one region of threads. Returns 1; 0, having done nothing, if
- * x would have to be packed in pieces; -1 with a Python error. */
+/* Whether products of one input run in one region of threads: all rows of a small batch are packed at once; of a larger one, what is
+ * packed is the same for all. */
+static int can_run_together(const struct job *jobs, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        const struct job *one = jobs + i;
+        const struct kernel *k = one->kernel;
+        const struct weight *w = one->weight;
+        if (k->few ? w->columns > wide_of(one->batch) || layout_of(k, w, one->batch, 1, 0).piece < one->batch
+                   : needs_parts(k, one) || !packs_alike(jobs, one))
+            return 0;
+        if (k->few != jobs->kernel->few)
+            return 0;
+    }
+    return 1;
+}
+
+static void run_pieces_together(struct job *job)
+{
+    const int few = job->kernel->few;
+    parallel(job, pack_each, few || job->packed_step || job->m1 - job->m0 <= PACKED_ALONE ? 0 : PARTS, multiply_each,
+             !few || job->batch > FEW ? PARTS : 1);
+}
+
+/* Run products of one input in one region of threads. Returns as run_kernel. */
 static int run_together(const struct isa *isa, struct job *jobs, int64_t count, long long threads)
 {
     struct together all = {count, jobs, {0}};
-    double work = 0.0;
+    const struct weight *first = jobs->weight;
+    struct weight rows = *first; /* of all of them */
+    const int few = jobs->kernel->few;
     int64_t floats = 0, last = 0;
     int refused = 0;
+    rows.rows = 0;
     for (int64_t i = 0; i < count; i++) {
         struct job *one = jobs + i;
-        const struct weight *w = one->weight;
-        const struct layout layout = layout_of(one->kernel, w, one->batch, 1, 0);
-        if (!one->kernel->few || w->columns > wide_of(one->batch) || layout.piece < one->batch)
-            return 0;
-        one->g1 = w->stride / (isa->lanes * 8);
-        one->m1 = one->batch;
         one->refused = &refused;
+        rows.rows += one->weight->rows;
+        if (!few)
+            continue;
         all.packed_at[i] = i && packs_alike(one - 1, one) ? last : floats;
         last = all.packed_at[i];
         if (last == floats)
-            floats += round_up(layout.shared, MAX_LANES);
-        work += (double)w->rows * w->columns * one->batch;
+            floats += round_up(layout_of(one->kernel, one->weight, one->batch, 1, 0).shared, MAX_LANES);
+    }
+    struct layout layout = layout_of(jobs->kernel, &rows, jobs->batch, threads, 0);
+    if (few) {
+        const int own = layout.threads > 1 && layout.threads <= MOST_COPIES && 4 * layout.threads * floats <= PACKED_BYTES;
+        layout = (struct layout){layout.threads, jobs->batch, own ? floats : 0, floats * (own ? layout.threads : 1), 0};
     }
     struct scratch scratch;
-    struct job job = {.call = &all, .threads = threads_for(threads, work)};
-    const int own = job.threads > 1 && job.threads <= MOST_COPIES && 4 * job.threads * floats <= PACKED_BYTES;
-    if (take_scratch(4 * floats * (own ? job.threads : 1), &scratch))
+    if (take_scratch(4 * (layout.shared + layout.threads * layout.own), &scratch))
         return -1;
-    job.packed = scratch.memory;
-    job.packed_step = own ? floats : 0;
+    struct job job = {
+        .call = &all, .kernel = jobs->kernel, .weight = first, .refused = &refused, .batch = jobs->batch, .threads = layout.threads,
+        .packed = scratch.memory, .packed_step = layout.packed_step, .own = scratch.memory + layout.shared, .own_floats = layout.own,
+        .piece = layout.piece,
+    };
+    const int64_t group = isa->lanes * 8;
     Py_BEGIN_ALLOW_THREADS
-    parallel(&job, pack_each, 0, multiply_each, jobs->batch > FEW ? PARTS : 1);
+    in_pieces(&job, first->stride / group, wide_of(job.batch) / group, run_pieces_together);
     Py_END_ALLOW_THREADS
     free_scratch(&scratch);
-    return 1;
+    return !refused;
 }

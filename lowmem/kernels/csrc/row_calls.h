@@ -105,7 +105,7 @@ struct products {
     int64_t count, first, batch, columns, type;
     const void *x;
     struct {
-        int64_t rows, bias_type;
+        int64_t rows, in_integers, bias_type; /* in_integers: whether inputs are rounded to 8 bits */
         const void *bias; /* or NULL */
         void *out;
     } each[MOST_TOGETHER];
