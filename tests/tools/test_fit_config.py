@@ -143,9 +143,12 @@ def test_the_example_of_smollm2_trains_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("qa.csv").write_text("prompt,completion\nWhat is 3 and 3?,6\nWhat is 4 and 4?,8\n")
     argv = ["fit", str(smollm2()), "--config", str(EXAMPLES / "smollm2-135m.yaml"), "--data", "qa.csv"]
-    assert main([*argv, "--steps", "1", "--save", "tuned", "--json"]) == 0
+    assert main([*argv, "--save", "tuned", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["run"]["lr"], found["run"]["prompts"], len(found["losses"])) == (5e-4, "chat", 1)
+    assert (found["run"]["lr"], found["run"]["prompts"], found["run"]["rows_of_a_step"]) == (1e-3, "chat", 4)
+    # 10 passes over two rows
+    assert len(found["losses"]) == 5
+    assert found["losses"][-1] < 0.3 * found["losses"][0]
     assert Path("tuned", "adapter_model.safetensors").exists()
 
 
