@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", type=parse_model_path, metavar="MODEL", help="the base of an adapter (default: what it names)"
     )
     parser.add_argument("--adapter", metavar="NAME", help="the adapter to use, of a model with several")
+    parser.add_argument(
+        "--no-history",
+        action="store_true",
+        help="for --chat: answer each line as the first of a conversation (default: all lines are of one)",
+    )
     add_chat_arguments(
         parser.add_argument_group("of --chat; default: as the adapter was trained"),
         "a chat template in place of the tokenizer's",
@@ -100,8 +105,8 @@ def run(arguments: argparse.Namespace) -> int:
     from lowmem.integrations.transformers.model_facts import delayed_transformers_log
     from lowmem.integrations.transformers.text_generation import end_token_ids, open_model_and_tokenizer
 
-    for name in ("system", "chat_template", "template_kwargs"):
-        if getattr(arguments, name) is not None and not arguments.chat:
+    for name in ("no_history", "system", "chat_template", "template_kwargs"):
+        if getattr(arguments, name) not in (None, False) and not arguments.chat:
             raise ValueError(f"{option_string(name)} applies to --chat: add it, or leave the option out")
     if arguments.chat_template == NO_TEMPLATE:
         raise ValueError(f"--chat-template={NO_TEMPLATE}: --chat needs a template: give --prompt in its place")
@@ -134,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
     code = 0
     try:
         if arguments.chat:
-            _answer_stdin_lines(generator, chat.system)
+            _answer_stdin_lines(generator, chat.system, not arguments.no_history)
         else:
             prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
             generator.stream_continuation(tokenizer(prompt, return_tensors="pt"))
@@ -145,9 +150,9 @@ def run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _answer_stdin_lines(generator: _TextGenerator, system: str | None) -> None:
-    """Answer each line of standard input until it ends."""
-    messages = [] if system is None else [{"role": "system", "content": system}]
+def _answer_stdin_lines(generator: _TextGenerator, system: str | None, remembers: bool) -> None:
+    """Answer each line of standard input until it ends; ``remembers``: as turns of one conversation."""
+    messages = first_messages = [] if system is None else [{"role": "system", "content": system}]
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -155,8 +160,9 @@ def _answer_stdin_lines(generator: _TextGenerator, system: str | None) -> None:
         if not line:
             return
         if line.strip():
-            messages.append({"role": "user", "content": line.strip()})
-            messages.append({"role": "assistant", "content": generator.stream_chat_reply(messages)})
+            messages = [*messages, {"role": "user", "content": line.strip()}]
+            answer = {"role": "assistant", "content": generator.stream_chat_reply(messages)}
+            messages = [*messages, answer] if remembers else first_messages
 
 
 class _TextGenerator:

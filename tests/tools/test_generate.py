@@ -135,6 +135,24 @@ def test_a_chat_remembers_what_was_said(folders, tmp_path, capsys, monkeypatch):
     assert generated(capsys, tmp_path / "chat", "--chat", "--temperature", "0") == "\n".join(answers)
 
 
+@pytest.mark.parametrize("options", [[], ["--no-history"]])
+def test_a_line_is_a_turn_or_begins_a_conversation(options, folders, tmp_path, capsys, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(folders / "dense")
+    tokenizer.chat_template = CHAT
+    AutoModelForCausalLM.from_pretrained(folders / "dense").save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    asked = []
+
+    def reply(self, messages):
+        asked.append([message["content"] for message in messages])
+        return "yes"
+
+    monkeypatch.setattr("lowmem.tools.generate._TextGenerator.stream_chat_reply", reply)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nand\n"))
+    generated(capsys, tmp_path / "chat", "--chat", "--system", "be kind", *options)
+    assert asked == [["be kind", "hello"], ["be kind", *([] if options else ["hello", "yes"]), "and"]]
+
+
 def test_a_chat_is_as_the_adapter_was_trained_unless_it_is_told_otherwise(folders, tmp_path, capsys, monkeypatch):
     template = "{{ greeting }}{% for m in messages %}<s>{{ m['role'] }}{{ m['content'] }}<s>{% endfor %}"
     adapter = tmp_path / "adapter"
@@ -211,6 +229,7 @@ def test_an_interrupt_while_the_model_is_read_ends_it_with_130(folders, capsys, 
         (["dense", "--prompt", "a", "--adapter", "x"], "which has none"),
         (["dense", "--chat"], "has no chat template"),
         (["dense", "--prompt", "a", "--system", "s"], "--system applies to --chat: add it, or leave the option out"),
+        (["dense", "--prompt", "a", "--no-history"], "--no-history applies to --chat: add it, or leave"),
         (["dense", "--chat", "--chat-template", "none"], "--chat-template=none: --chat needs a template"),
         (["missing", "--prompt", "a"], "missing"),
         (["dense", "--prompt", ""], "has no tokens"),
