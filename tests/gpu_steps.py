@@ -32,6 +32,7 @@ from lowmem.kernels import gpu
 from lowmem.quant.backend import backend_for, set_backend
 from lowmem.quant.scale_search import nearest_codes
 from lowmem.quant.tensor import QuantizedTensor
+from tests.compiled import on_threads
 
 ROOT = Path(__file__).parents[1]
 STORED, PAGE = ROOT / "tests" / "kernels" / "gpu_steps.json", ROOT / "docs" / "kernels.md"
@@ -415,8 +416,9 @@ def make_update() -> Callable[[], None]:
 
 
 def record_step(name: str) -> RecordedStep:
-    """Return what one of ``STEPS`` does."""
-    return record(make_update() if name == UPDATE else make_step(name))
+    """Return what one of ``STEPS`` does; by one thread, since operators are too small for more."""
+    with on_threads(1):
+        return record(make_update() if name == UPDATE else make_step(name))
 
 
 def drawn(stored: dict[str, dict[str, int]]) -> str:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lowmem.kernels.codes_8bit import BLOCK, empty_codes_and_scales
+from lowmem.kernels.codes_8bit import BLOCK, decode_roots, empty_codes_and_scales, encode_roots
 from lowmem.nn.call_context import is_cast_by_autocast
 from lowmem.nn.recomputed_inputs import (
     RecomputableView,
@@ -77,26 +77,31 @@ class ActivationArena:
 
 
 class QuantizedActivation(NamedTuple):
-    """A tensor in 8 bits: ``x = codes * scale`` in blocks of 32 elements of the flattened tensor."""
+    """A tensor in 8 bits: ``x = codes * scale`` in blocks of 32 of its elements, or codes of roots."""
 
-    codes: Tensor  # int8 (blocks, 32), from -127 to 127
-    scales: Tensor  # float32 (blocks, 1): the block's largest magnitude, divided by 127
+    codes: Tensor  # int8 (blocks, 32)
+    scales: Tensor  # float32 (blocks, 1)
     dtype: torch.dtype  # of the original tensor
     length: int  # number of elements, without the padding of the last block
-    vanished: float  # share of the nonzero elements whose code is zero; 1 if any element is not finite
+    vanished: float | None  # share of nonzero elements whose code is zero; 1 if any is not finite; None: roots
 
     def dequantize(self) -> Tensor:
         """Decode: (length,), in the original dtype."""
-        return backend_of(self.codes).decode_8bit(self.codes, self.scales, self.dtype).view(-1)[: self.length]
+        decode = decode_roots if self.vanished is None else backend_of(self.codes).decode_8bit
+        return decode(self.codes, self.scales, self.dtype).view(-1)[: self.length]
 
 
 def quantize_activation(x: Tensor, arena: ActivationArena | None = None) -> QuantizedActivation:
     """Return the 8-bit codes of a flat floating point tensor: ``|x - codes * scale| <= scale / 2``, up to rounding.
 
-    A block that contains NaN or infinity decodes to NaN, so that the failure stays visible. ``arena`` allocates codes
-    and scales of CPU tensors; None: torch does.
+    A block that contains NaN or infinity decodes to NaN, so that the failure stays visible. On a GPU the codes are
+    those of roots. ``arena`` allocates codes and scales of CPU tensors; None: torch does.
     """
-    if arena is not None and not backend_of(x).is_asynchronous:
+    if backend_of(x).is_asynchronous:
+        codes, scales = empty_codes_and_scales(x)
+        encode_roots(x, (codes, scales))
+        return QuantizedActivation(codes, scales, x.dtype, x.numel(), None)
+    if arena is not None:
         blocks = -(-x.numel() // BLOCK)
         flat, of_scales = arena.allocate_int8(blocks * (BLOCK + 4)).split((blocks * BLOCK, blocks * 4))
         codes, scales = flat.view(-1, BLOCK), of_scales.view(torch.float32).unsqueeze(1)
@@ -196,7 +201,7 @@ class _SavedTensorCompressor:
 
     def _quantize_or_free_if_lossy(self, x: Tensor) -> QuantizedActivation | None:
         codes = quantize_activation(x, self.room)
-        if codes.vanished <= _VANISHED:
+        if codes.vanished is None or codes.vanished <= _VANISHED:
             return codes
         self.room.free_last_allocation()
         return None
@@ -309,6 +314,9 @@ def compressed_activations(model: nn.Module) -> Iterator[None]:
     ``nn.MultiheadAttention`` save, attention masks, and tensors with elements that are not finite or of which more
     than a seventh would become zero. Views stay views, and tensors that share memory are compressed once. Of a
     ``torch.utils.checkpoint`` region, the saved inputs are compressed; the rest is recomputed from them.
+
+    On a GPU the host would wait to learn which tensors those are, so all have codes of roots: an element x is off by
+    at most ``sqrt(|x| m) / 126 + m / 252^2`` in a block whose largest magnitude is m, and infinities and NaN stay.
 
     Args:
         model: its parameters and buffers are not compressed.

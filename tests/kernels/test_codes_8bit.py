@@ -52,6 +52,29 @@ def test_codes_scales_and_counts_have_the_bits_of_the_definition(isa, dtype, len
     assert not got.view(-1)[length:].any()
 
 
+@covering(
+    2,
+    dtype=[*DTYPES, torch.float64],
+    length=[0, 1, BLOCK - 1, BLOCK + 1, 300_000],
+    kind=["normal", "halves", "tiny", "zeros"],
+)
+def test_roots_are_within_half_a_step_and_keep_what_is_not_finite(dtype, length, kind):
+    """Chunks are of the device, of which the CPU has several for 300,000 numbers."""
+    x, special = numbers(length, kind, dtype), torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, 2.0], dtype=dtype)
+    x[: min(length, 5)] = special[: min(length, 5)]
+    definitions.encode_roots(x, into := empty_codes_and_scales(x))
+    back = definitions.decode_roots(*into, dtype).view(-1)[:length]
+    assert back.dtype is dtype
+    finite = x.isfinite()
+    assert torch.equal(back[~finite].nan_to_num(3), x[~finite].nan_to_num(3))
+    x, back, scale = x[finite].double(), back[finite].double(), into[1].expand(-1, BLOCK).reshape(-1)[:length][finite]
+    # Half a step, as derived there; the quotient, its root, 126 times it, the level and its product are rounded
+    bound = (x.abs() * scale).sqrt() / 126 + scale.double() / 252**2
+    rounded = (6 * 2.0**-24 + torch.finfo(dtype).eps) * x.abs() + torch.finfo(torch.float32).tiny
+    assert ((back - x).abs() <= bound * (1 + 2.0**-20) + rounded + torch.finfo(dtype).smallest_normal).all()
+    assert (back[x == 0] == 0).all()
+
+
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 def test_a_block_that_is_not_finite_has_the_scale_nan_and_no_other_has(bad):
     x = torch.randn(3 * BLOCK + 8)
