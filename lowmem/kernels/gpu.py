@@ -4,6 +4,7 @@ they do not take falls back to ``reference``: other weights, dtypes and function
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
@@ -22,7 +23,7 @@ from lowmem.kernels.tensor_checks import (
 )
 from lowmem.quant.backend import LowRank, Weight
 from lowmem.quant.formats import get_format
-from lowmem.quant.tensor import DEVICE_SCRATCH_BYTES, ROW_MULTIPLE, QuantizedTensor, Squares
+from lowmem.quant.tensor import ROW_MULTIPLE, QuantizedTensor, Squares, device_scratch_bytes
 
 # Earlier ones flush subnormal quotients to zero (3.4 and 3.5), or have no tl.gather
 OLDEST = (3, 6)
@@ -56,17 +57,36 @@ def triton_skip_reason_or_none(device: torch.device) -> str | None:
     return None
 
 
+_refused_kernels: dict[tuple[str, torch.device], str] = {}
+"""Why the compiler refused a kernel on a device: plain torch serves for it from then on, and the others go on."""
+
+
+def _start_unless_refused(kernel: str, device: torch.device, launch: Callable[[], object]) -> bool:
+    """Start a kernel; return False, and remember why, where Triton cannot compile it. Other errors are raised."""
+    if (kernel, device) in _refused_kernels:
+        return False
+    try:
+        launch()
+    except Exception as error:
+        # Of Triton's own classes: compilation, ptxas, too much shared memory. Its driver raises RuntimeErrors.
+        if "TritonError" not in {base.__name__ for base in type(error).__mro__}:
+            raise
+        _refused_kernels[kernel, device] = f"{type(error).__name__}: {_first_line_of_error(error)}"
+        return False
+    return True
+
+
 def cuda_backend_description() -> str:
     """Return what serves CUDA's tensors, and why, as one line of text."""
     if not torch.cuda.is_available():
         return f"none: torch finds no GPU (triton's kernels: {PROOF})"
     reason = triton_skip_reason_or_none(torch.device("cuda", torch.cuda.current_device()))
-    return f"triton: {PROOF}; {TRAINING}" if reason is None else f"reference: {reason}"
+    refused = "".join(f"; not {kernel} on {device}: {why}" for (kernel, device), why in _refused_kernels.items())
+    return f"triton: {PROOF}; {TRAINING}{refused}" if reason is None else f"reference: {reason}"
 
 
 class GpuBackend:
-    """The backend of GPUs. Dequantized chunks of rows of a weight have 8 Mi values: 32 MiB in float32; those of
-    columns take 144 MiB at most."""
+    """The backend of GPUs. Dequantized columns of a weight take ``device_scratch_bytes`` at most, and rows less."""
 
     name = "triton"
     fast_bfloat16 = True
@@ -111,8 +131,8 @@ class GpuBackend:
             return None
         weight.check_layout()
         out = x.new_empty(len(x), weight.shape[0], dtype=dtype)
-        _import_triton_launch().small_batch_product_launch(x.to(dtype), weight, bias, out)()
-        return out
+        launch = _import_triton_launch().small_batch_product_launch(x.to(dtype), weight, bias, out)
+        return out if _start_unless_refused("few", out.device, launch) else None
 
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         """Return ``grad @ W``: (batch, out) -> (batch, in), each number by one product, in ``dtype``."""
@@ -143,7 +163,9 @@ class GpuBackend:
         rows, stored = reference.subtract_offsets_and_encode_scales(weights, into, importance)
         scales = into.encoding.decode(stored)  # (rows, blocks)
         used = torch.empty(scales.shape, dtype=torch.uint8, device=rows.device)
-        _import_triton_launch().quantize_launch(rows, scales, form, into.block_size, packed, used)()
+        launch = _import_triton_launch().quantize_launch(rows, scales, form, into.block_size, packed, used)
+        if not _start_unless_refused("quantize", rows.device, launch):
+            return reference.quantize_rows(weights, into, chunk, importance)
         into.scales[chunk] = reference.zero_unused_scales(stored, used.bool(), form)
         return reference.chunk_square_sums(weights, into, chunk)
 
@@ -158,8 +180,12 @@ class GpuBackend:
         if refused is not None or not isinstance(weight, QuantizedTensor):
             return f"{reference.explain(weight, rows, dtype)}\n  not triton: {refused}"
         rest = f"triton dequantizes rows (columns for input_grad) in chunks and torch multiplies; {PROOF}"
+        if why := _refused_kernels.get(("dequantize", device)):
+            rest = f"torch dequantizes and multiplies\n  not dequantize of triton: {why}"
         if why := _unmet_small_batch_requirement_or_none(weight, rows, dtype):
             return f"linear, input_grad: {rest}\n  not few of triton, which takes {why}"
+        if why := _refused_kernels.get(("few", device)):
+            return f"linear, input_grad: {rest}\n  not few of triton: {why}"
         return f"linear: few of triton, which takes {_FEW_ROWS}; {PROOF}\ninput_grad: {rest}"
 
 
@@ -185,16 +211,19 @@ def _dequantize_by_triton_or_torch(
     packed, scales = weight.packed[rows], weight.scales[rows]
     out = torch.empty(len(packed), weight.shape[1], dtype=dtype, device=packed.device)
     if out.numel():
-        _import_triton_launch().dequantize_launch(
+        launch = _import_triton_launch().dequantize_launch(
             replace(weight, packed=packed, scales=scales, shape=out.shape), out, levels
-        )()
+        )
+        if not _start_unless_refused("dequantize", out.device, launch):
+            return reference.dequantized_rows(weight, rows, dtype, levels)
     return out
 
 
 def _can_multiply_by_columns(weight: Weight, dtype: torch.dtype, *tensors: Tensor) -> bool:
     """Whether ``_multiply_by_columns`` takes a weight and other tensors: a stored 16-bit one needs no Triton."""
     if isinstance(weight, QuantizedTensor):
-        return _can_use_triton(weight, dtype, *tensors)
+        refused = ("dequantize", weight.packed.device) in _refused_kernels
+        return not refused and _can_use_triton(weight, dtype, *tensors)
     return weight.dim() == 2 and dtype in TYPES and _have_plain_memory_on_one_device(weight, *tensors)
 
 
@@ -210,12 +239,14 @@ def _multiply_by_columns(out: Tensor, x: Tensor, weight: Weight, is_added: bool)
         weight.check_layout()
     if isinstance(weight, QuantizedTensor) or weight.dtype is not x.dtype:
         least = math.lcm(weight.block_size if isinstance(weight, QuantizedTensor) else 1, ROW_MULTIPLE)
-        step = max(1, DEVICE_SCRATCH_BYTES // (x.itemsize * max(1, rows)) // least) * least
+        step = max(1, device_scratch_bytes(x.device) // (x.itemsize * max(1, rows)) // least) * least
     for start in range(0, columns, max(1, step)):
         chosen = slice(start, min(start + step, columns))
         if isinstance(weight, QuantizedTensor):
             part = x.new_empty(rows, chosen.stop - start)
-            _import_triton_launch().dequantize_launch(weight, part, None, start)()
+            launch = _import_triton_launch().dequantize_launch(weight, part, None, start)
+            if not _start_unless_refused("dequantize", x.device, launch):
+                part = reference.dequantized_rows(weight, slice(None), x.dtype)[:, chosen]
         else:
             part = weight.detach()[:, chosen].to(x.dtype)
         if is_added:
@@ -242,10 +273,12 @@ def _can_use_triton(weight: QuantizedTensor, dtype: torch.dtype, *extra_tensors:
 
 def _have_plain_memory_on_one_device(first: Tensor, *others: Tensor) -> bool:
     """Whether operations may write to memory of tensors: nothing records or batches them."""
-    return not is_recording_operations() and all(
-        has_plain_memory(tensor) and not is_batched_or_under_functorch(tensor) and tensor.device == first.device
-        for tensor in (first, *others)
-    )
+    if is_recording_operations():
+        return False
+    for tensor in (first, *others):
+        if not has_plain_memory(tensor) or is_batched_or_under_functorch(tensor) or tensor.device != first.device:
+            return False
+    return True
 
 
 def _import_triton_launch() -> ModuleType:

@@ -21,7 +21,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowmem.quant.backend import Activation, SigmoidPolynomial, SquaredReLU
+from lowmem.quant.backend import Activation, SigmoidPolynomial, SquaredReLU, backend_of
+from lowmem.quant.tensor import device_scratch_bytes
 
 ACTIVATIONS: dict[str, Activation] = {
     "SiLU": SigmoidPolynomial((1.0,)),
@@ -34,7 +35,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "squared ReLU": SquaredReLU(),
 }
 
-# Rows whose probabilities are computed at a time: few enough to stay in a processor's cache
+# Rows whose probabilities a processor computes at a time: few enough to stay in its cache
 _ROWS = 16
 
 
@@ -129,7 +130,10 @@ def entropies(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool)
     """
     losses = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
     spread = smoothing / logits.shape[1]
-    parts = zip(logits.split(_ROWS), targets.unsqueeze(1).split(_ROWS), losses.split(_ROWS), strict=True)
+    rows = _ROWS
+    if backend_of(logits).is_asynchronous:  # a probability is float32, and so is its temporary copy
+        rows = max(_ROWS, device_scratch_bytes(logits.device) // (8 * max(1, logits.shape[1])))
+    parts = zip(logits.split(rows), targets.unsqueeze(1).split(rows), losses.split(rows), strict=True)
     for part, target, loss in parts:
         logs = torch.log_softmax(part, 1, dtype=losses.dtype)  # (rows, vocabulary)
         torch.mul(logs.gather(1, target).squeeze(1), smoothing - 1, out=loss)

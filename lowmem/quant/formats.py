@@ -262,7 +262,10 @@ def get_format(format_name: str) -> Format:
     """
     known = (FORMATS, IMPORTED, EIGHT_BIT)
     try:
-        return next(formats[format_name] for formats in known if format_name in formats)
-    except (StopIteration, TypeError):
-        names = [name_of_format for formats in known for name_of_format in formats]
-        raise ValueError(f"format={short_repr(format_name)} is unknown: choose from {', '.join(names)}") from None
+        for formats in known:
+            if format_name in formats:
+                return formats[format_name]
+    except TypeError:  # of a name that has no hash
+        pass
+    names = [name_of_format for formats in known for name_of_format in formats]
+    raise ValueError(f"format={short_repr(format_name)} is unknown: choose from {', '.join(names)}")

@@ -21,7 +21,10 @@ SCRATCH_BYTES = 2**20
 """Limit of the scratch memory for dequantizing a chunk of rows on the CPU, whose cache holds it."""
 
 DEVICE_SCRATCH_BYTES = 144 * 2**20
-"""The same on any other device: each chunk starts some ten kernels, and so has 32 MiB of float32 values."""
+"""The same on any other device, at least: each chunk starts some ten kernels, and so has 32 MiB of float32 values."""
+
+DEVICE_SHARE = 64
+"""Of the memory of a GPU, the part that is the limit where it is more."""
 
 ROW_MULTIPLE = 64
 """On any other device, a chunk of more rows has a multiple of these: its products begin at whole tiles, and at
@@ -32,12 +35,20 @@ BYTES_PER_WEIGHT = 18
 the value (4), and the scale (at most 8, where the last block is short)."""
 
 
+@cache
+def device_scratch_bytes(device: torch.device) -> int:
+    """Return the limit of the scratch memory on a device other than the CPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return DEVICE_SCRATCH_BYTES
+    return max(DEVICE_SCRATCH_BYTES, int(torch.cuda.get_device_properties(device).total_memory) // DEVICE_SHARE)
+
+
 def row_slices_within_scratch(
     row_count: int, columns: int, bytes_per_weight: float = BYTES_PER_WEIGHT, *, device: torch.device | None = None
 ) -> Iterator[slice]:
     """Yield slices of at least one row each, whose scratch fits into the limit of a device (None: the CPU)."""
     on_device = device is not None and DEQUANTIZERS[device.type].is_asynchronous
-    limit = DEVICE_SCRATCH_BYTES if on_device else SCRATCH_BYTES
+    limit = device_scratch_bytes(device) if device is not None and on_device else SCRATCH_BYTES
     step = max(1, int(limit // max(1, bytes_per_weight * columns)))
     if on_device and step > ROW_MULTIPLE:
         step -= step % ROW_MULTIPLE

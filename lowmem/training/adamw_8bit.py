@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from lowmem.errors import short_repr
 from lowmem.nn.sharded_parameters import imported_dtensor_types
+from lowmem.quant.backend import backend_of
+from lowmem.quant.tensor import device_scratch_bytes
 from lowmem.training.master_weights import REST, parameter_loaded_state_pairs, replace_state_with_uncast_copies
 
 BLOCK = 256
@@ -29,6 +31,9 @@ _SMALL = 4096
 
 _CHUNK = 2**18
 """Elements that are updated at a time, so that temporaries stay small."""
+
+_CHUNK_BYTES = 32
+"""Temporaries of an element, at most: on a GPU chunks are as large as its scratch, since each starts 38 kernels."""
 
 _SHORT = 16
 """Sharded parameters with shorter rows keep float32 moments: each row has scales of its own."""
@@ -108,7 +113,10 @@ class AdamW8bit(torch.optim.Optimizer):
         values, gradient = flat.view(-1), gradient.reshape(-1)
         decay = 1 - group["lr"] * group["weight_decay"]
         row = _shard_row_length_or_zero(parameter)
-        chunk = max(1, _CHUNK // row) * row if row else _CHUNK
+        chunk = _CHUNK
+        if backend_of(values).is_asynchronous:
+            chunk = max(_CHUNK, device_scratch_bytes(values.device) // _CHUNK_BYTES // BLOCK * BLOCK)
+        chunk = max(1, chunk // row) * row if row else chunk
         for start in range(0, len(values), chunk):
             part = slice(start, min(start + chunk, len(values)))
             g = gradient[part].float()

@@ -16,6 +16,7 @@ from lowmem.nn.call_context import is_cast_by_autocast
 from lowmem.nn.recomputed_inputs import has_dtype_independent_pack_hook
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.backend import backend_of
+from lowmem.quant.tensor import device_scratch_bytes
 from lowmem.resident import trim_heap_before_allocation
 
 
@@ -42,7 +43,7 @@ def linear_cross_entropy(
         labels: int64 (...), from 0 to vocabulary - 1, or ``ignore_index``: rows that are not computed.
         bias: (vocabulary,), or None.
         ignore_index: the label of rows without a loss.
-        chunk: rows whose logits exist at once, at least 1.
+        chunk: rows whose logits exist at once, at least 1. On a GPU they may be more, up to a 64th of its memory.
         label_smoothing: how much of each target is spread over the vocabulary, in [0, 1].
         reduction: "mean" over the labels that count (NaN if none does), or "sum".
         dtype: of the products; sums, softmax and loss are in float32 or wider. None takes autocast's dtype if it is
@@ -111,6 +112,8 @@ class _ChunkedCrossEntropyFunction(torch.autograd.Function):
     ) -> Tensor:
         sums = torch.promote_types(dtype, torch.float32)
         wanted = ctx.needs_input_grad
+        if backend_of(rows).is_asynchronous:
+            chunk = max(chunk, device_scratch_bytes(rows.device) // (dtype.itemsize * max(1, len(weight))))
         factor, offset = _OutputWeightMatmul(weight, dtype), None if bias is None else bias.detach().to(dtype)
         row_grad = torch.zeros_like(rows) if wanted[0] else None
         weight_grad = rows.new_zeros(weight.shape, dtype=sums) if wanted[1] else None
@@ -179,7 +182,9 @@ class _OutputWeightMatmul:
             self.stored = weight.kernel_weight
             return
         dense = weight.detach()
-        self.in_parts = self.of_torch is not dtype or (dense.dtype is not dtype and len(dense) > _CONVERTED)
+        if backend_of(dense).is_asynchronous:
+            self.step = max(self.step, device_scratch_bytes(dense.device) // (4 * max(1, dense.shape[1])))
+        self.in_parts = self.of_torch is not dtype or (dense.dtype is not dtype and len(dense) > self.step)
         self.dense = dense if self.in_parts else dense.to(dtype)
 
     def _iterate_slices_and_weight_rows(self) -> Iterator[tuple[slice, Tensor]]:

@@ -66,7 +66,7 @@ def prepare_training(model: M, memory: str = "fast", *, output: str | Iterable[s
         memory: "fast" or "lean".
         output: glob patterns of the paths of output layers; empty: what ``get_output_embeddings()`` of the model
             returns, and linear layers whose weight is tied to an embedding.
-        chunk: rows whose logits exist at once.
+        chunk: rows whose logits exist at once; on a GPU they may be more, up to a 64th of its memory.
 
     Returns:
         The model, changed in place. Calling this again replaces the earlier preparation.

@@ -1,10 +1,12 @@
 """The backend of GPUs: when Triton serves, and why it does not. ``tests/kernels/triton`` has values."""
 
 import ast
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+import lowmem
 from lowmem import AdamW8bit, EightBit, FourBit, LoRA, add_adapter, convert, kernels, quantize
 from lowmem.kernels import gpu, reference
 from lowmem.quant.backend import backend_for, set_backend
-from tests.gpu_steps import gpu_backend_on_cpu
+from lowmem.quant.tensor import device_scratch_bytes
+from tests.gpu_steps import UPDATE, gpu_backend_on_cpu, record, record_step
 from tests.nn.stored_cases import CASES, store
 
 CPU = torch.device("cpu")
@@ -103,6 +107,58 @@ def test_lack_of_memory_is_raised_and_not_remembered(error, monkeypatch):
     with pytest.raises(type(error)):
         gpu.triton_skip_reason_or_none(CPU)
     assert gpu.triton_skip_reason_or_none(CPU) is None
+
+
+class TritonError(Exception):
+    """The base of Triton's errors, which is not installed."""
+
+
+class SharedMemoryError(TritonError):
+    pass
+
+
+@pytest.mark.parametrize("kernel", ["few", "dequantize", "quantize"])
+def test_a_kernel_that_does_not_compile_is_remembered_and_no_other_is(kernel, monkeypatch):
+    monkeypatch.setattr(gpu, "_refused_kernels", refused := {})
+    weight, few, many, names = torch.randn(96, 128), torch.randn(3, 128), torch.randn(70, 128), []
+
+    def start(launch):
+        names.append(launch.name)
+        if launch.name == kernel:
+            raise SharedMemoryError("shared memory\nmore")
+
+    def results(backend):
+        q = quantize(weight, "nf4", block_size=64, search=False)
+        grad, out = many[:, :96].contiguous(), torch.ones(70, 128)
+        backend.add_product(out, grad, q, transposed=True)
+        products = [backend.linear(x, q, torch.float32) for x in (few, many)]
+        return q.packed, *products, backend.input_grad(grad, q, torch.float32), out
+
+    with kernels.temporary_cpu_backend("reference"):
+        expected = results(reference)
+    with gpu_backend_on_cpu(start):
+        for _ in range(2):
+            for found, wanted in zip(results(backend_for("cpu")), expected, strict=True):
+                torch.testing.assert_close(found, wanted)
+        explained = backend_for("cpu").explain(quantize(weight, "nf4", block_size=64), 3, torch.float32)
+    assert names.count(kernel) == 1
+    assert refused == {(kernel, CPU): "SharedMemoryError: shared memory"}
+    assert set(names) == {"few", "dequantize", "quantize"}
+    assert (f"not {kernel} of triton: SharedMemoryError: shared memory" in explained) == (kernel != "quantize")
+    monkeypatch.setattr(gpu, "triton_skip_reason_or_none", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert gpu.cuda_backend_description().endswith(f"; not {kernel} on cpu: SharedMemoryError: shared memory")
+
+
+def test_errors_of_a_device_are_raised_and_not_remembered(monkeypatch):
+    monkeypatch.setattr(gpu, "_refused_kernels", refused := {})
+    q = quantize(torch.randn(96, 128), "nf4", block_size=64, search=False)
+    for text in ("Triton Error [CUDA]: out of memory", "an illegal memory access was encountered"):
+        launch = Mock(side_effect=RuntimeError(text))
+        with gpu_backend_on_cpu(launch), pytest.raises(RuntimeError, match=re.escape(text)):
+            backend_for("cpu").linear(torch.randn(3, 128), q, torch.float32)
+    assert refused == {}
 
 
 def test_a_version_that_runs_serves(monkeypatch):
@@ -276,7 +332,7 @@ def test_a_product_starts_one_kernel_or_one_for_each_chunk(batch, started, monke
     started.clear()
     backend.input_grad(grad, q, torch.float32)
     assert started == ["dequantize"]  # columns of all rows: no cache of a processor
-    monkeypatch.setattr(gpu, "DEVICE_SCRATCH_BYTES", 1024 * 4 * 100)  # 64 columns
+    monkeypatch.setattr(gpu, "device_scratch_bytes", lambda device: 1024 * 4 * 100)  # 64 columns
     started.clear()
     backend.input_grad(grad, q, torch.float32)
     assert started == ["dequantize"] * 4
@@ -286,7 +342,7 @@ def test_a_product_starts_one_kernel_or_one_for_each_chunk(batch, started, monke
 @pytest.mark.parametrize("stored", ["nf4", "int8", "bfloat16"])
 def test_the_gradient_of_inputs_is_one_product_in_their_dtype(dtype, stored, monkeypatch):
     """By columns of the weight, in several chunks: each number within one rounding of the float64 product."""
-    monkeypatch.setattr(gpu, "DEVICE_SCRATCH_BYTES", 70 * 2 * 100)
+    monkeypatch.setattr(gpu, "device_scratch_bytes", lambda device: 70 * 2 * 100)
     dense, grad = torch.randn(70, 300), torch.randn(40, 70).to(dtype)
     weight = dense.bfloat16() if stored == "bfloat16" else quantize(dense, stored, block_size=16)
     exact = (weight.to(dtype) if stored == "bfloat16" else weight.dequantize(dtype)).double()
@@ -398,3 +454,23 @@ def test_readme_and_documentation_say_what_is_proven():
     root = Path(gpu.__file__).parents[2]
     for page in ("README.md", "docs/kernels.md"):
         assert gpu.PROOF in " ".join((root / page).read_text(encoding="utf8").split()).replace("Values", "values")
+
+
+def test_chunks_are_those_of_a_device_and_not_of_a_processor_s_cache(monkeypatch):
+    """A loss of 600 rows, an update of 300,000 elements, and saved tensors have one chunk each."""
+    hidden, weight = torch.randn(600, 8, requires_grad=True), torch.randn(5000, 8).bfloat16()
+    parameter = torch.nn.Parameter(torch.randn(1000, 300))
+    parameter.grad, optimizer = torch.randn(1000, 300), AdamW8bit([parameter])
+    optimizer.step()
+    loss = record(lambda: lowmem.linear_cross_entropy(hidden, weight, torch.arange(600)))
+    assert (loss.kernels["_log_softmax"], loss.kernels["mm"]) == (1, 2)
+    assert record(optimizer.step).kernels == record_step(UPDATE).kernels
+    device = torch.device("cuda", 7)
+    assert device_scratch_bytes(device) == 144 * 2**20
+    device_scratch_bytes.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+    try:
+        assert device_scratch_bytes(device) == 80 * 2**30 // 64
+    finally:
+        device_scratch_bytes.cache_clear()

@@ -13,7 +13,7 @@ from lowmem.kernels import reference
 from lowmem.quant.formats import get_format
 from lowmem.quant.quantize_tensor import requantize_changed_rows
 from lowmem.quant.scale_encodings import ENCODINGS
-from lowmem.quant.tensor import DEVICE_SCRATCH_BYTES, METHODS, SCRATCH_BYTES, row_slices_within_scratch
+from lowmem.quant.tensor import METHODS, SCRATCH_BYTES, device_scratch_bytes, row_slices_within_scratch
 from tests import strategies
 from tests.compiled import assert_same_bytes, on_threads
 from tests.rounding import default_dtype
@@ -356,7 +356,7 @@ def test_chunks_cover_every_row_once_within_the_scratch(rows, columns):
     whole = list(
         row_slices_within_scratch(rows, columns, 4, device=torch.device("cuda"))
     )  # nothing is allocated there
-    fitting = max(1, DEVICE_SCRATCH_BYTES // (4 * columns))
+    fitting = max(1, device_scratch_bytes(torch.device("cuda")) // (4 * columns))
     assert len(whole) == -(-rows // (fitting if fitting < 64 else fitting // 64 * 64))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from lowmem.kernels.triton import quantization as of_rows
 from lowmem.kernels.triton import small_batch as few_inputs
 from lowmem.quant.formats import Format, get_format
+from lowmem.quant.scale_encodings import get_scale_encoding
 from lowmem.quant.tensor import QuantizedTensor, float32_table
 
 
@@ -63,9 +64,12 @@ class KernelLaunch(NamedTuple):
 
     def __call__(self) -> None:
         """Start the kernel; it runs after what its device's stream holds."""
-        device = next(argument.device for argument in self.arguments.values() if isinstance(argument, Tensor))
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            self.kernel[(self.programs,)](**self.arguments, num_warps=self.warps, **OPTIONS)
+        device = self.arguments["packed"].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self()
+            return
+        self.kernel[(self.programs,)](**self.arguments, num_warps=self.warps, **OPTIONS)
 
 
 # Products and sums are not fused behind the kernels' back, or dequantized bits would not be those of plain torch.
@@ -78,40 +82,36 @@ def dequantize_launch(
     """Dequantize columns of a matrix to ``out``, contiguous (rows, columns): those from ``start``, which begins a
     block; ``levels`` replace the format's."""
     columns, block = out.shape[1], start // weight.block_size
-    stored, tile = _weight_kernel_arguments(weight, levels, start, columns), TILES["dequantize", 0]
-    shape = tile.shape_constants(stored["row_bytes"], stored["BLOCK"] * stored["BITS"] // 8)
-    tiles = math.ceil(stored["row_bytes"] / (shape["GROUPS"] * shape["GROUP"]))
-    programs = math.ceil(len(out) / shape["ROWS"]) * tiles
+    plan, stored = _weight_kernel_arguments("dequantize", 0, weight, columns, start, levels)
     blocks = -(-weight.shape[1] // weight.block_size)
     out_arguments = {
         "out": out,
         "out_stride": columns,
-        "behind": blocks if weight.has_offsets else blocks - block,  # offsets lie as far behind each scale
-        "rows": len(out),
-        "OFFSETS": weight.has_offsets,
+        "behind": blocks if plan.offsets else blocks - block,  # offsets lie as far behind each scale
+        "rows": out.shape[0],
+        "OFFSETS": plan.offsets,
     }
-    return KernelLaunch(of_rows.dequantize, programs, stored | out_arguments | shape, tile.warps)
+    programs = -(-out.shape[0] // plan.constants["ROWS"]) * plan.tiles
+    return KernelLaunch(of_rows.dequantize, programs, stored | out_arguments, plan.warps)
 
 
 def small_batch_product_launch(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, out: Tensor) -> KernelLaunch:
     """Multiply up to eight inputs (batch, columns) by a matrix without offsets, into contiguous (batch, out)."""
-    stored, tile, x = (
-        _weight_kernel_arguments(weight),
-        TILES["few", _next_power_of_two(len(x))],
-        _with_contiguous_rows(x),
-    )
-    shape = tile.shape_constants(stored["row_bytes"], stored["BLOCK"] * stored["BITS"] // 8)
-    programs = math.ceil(weight.shape[0] / shape["ROWS"])
+    inputs = _next_power_of_two(x.shape[0])
+    plan, stored = _weight_kernel_arguments("few", inputs, weight, weight.shape[1])
+    x = _with_contiguous_rows(x)
     input_arguments = {
         "x": x,
         "bias": out if bias is None else bias.contiguous(),  # not read without BIAS
         "out": out,
         "out_features": weight.shape[0],
         "x_stride": x.stride(0),
+        "inputs": x.shape[0],
         "BIAS": bias is not None,
-        "INPUTS": len(x),
+        "INPUTS": inputs,
     }
-    return KernelLaunch(few_inputs.few, programs, stored | input_arguments | shape, tile.warps)
+    programs = -(-weight.shape[0] // plan.constants["ROWS"])
+    return KernelLaunch(few_inputs.few, programs, stored | input_arguments, plan.warps)
 
 
 def quantize_launch(
@@ -141,26 +141,63 @@ def quantize_launch(
     return KernelLaunch(of_rows.quantize, math.ceil(scales.numel() / blocks), arguments, warps)
 
 
-def _weight_kernel_arguments(
-    weight: QuantizedTensor, levels: tuple[float, ...] | None = None, start: int = 0, columns: int | None = None
-) -> dict[str, Any]:
-    """Return the arguments of columns of a stored matrix (None: all) from ``start``, which begins a block."""
-    form, encoding = get_format(weight.format), weight.encoding
-    columns = weight.shape[1] if columns is None else columns
-    packed, scales = _with_contiguous_rows(weight.packed), _with_contiguous_rows(weight.scales)
-    packed, scales = packed[:, start * form.bits // 8 :], scales[:, start // weight.block_size :]
-    return {
-        "packed": packed,
-        "scales": scales,
-        "levels": float32_table(levels or form.levels, packed.device),
+class _Plan(NamedTuple):
+    """What launches with a weight of one format and width share.
+
+    Attributes:
+        levels: of the format.
+        offsets: whether offsets lie behind a row's scales.
+        warps: of a program.
+        tiles: of a row.
+        constants: arguments that are numbers.
+    """
+
+    levels: tuple[float, ...]
+    offsets: bool
+    warps: int
+    tiles: int
+    constants: dict[str, int]
+
+
+@lru_cache(maxsize=1024)
+def _plan(kernel: str, inputs: int, form: Format, block_size: int, scales: str, columns: int) -> _Plan:
+    """Return what a launch needs to know of its weight; a product asks for it each time."""
+    encoding, tile = get_scale_encoding(scales, form.signed, form.ggml_divisor), TILES[kernel, inputs]
+    row_bytes = -(-columns * form.bits // 8)
+    shape = tile.shape_constants(row_bytes, block_size * form.bits // 8)
+    constants = {
         "columns": columns,
-        "row_bytes": -(-columns * form.bits // 8),
-        "packed_stride": packed.stride(0),
-        "scales_stride": scales.stride(0),
-        "BLOCK": weight.block_size,
+        "row_bytes": row_bytes,
+        "BLOCK": block_size,
         "BITS": form.bits,
         "STEPS": (127 if encoding.signed else 255) if encoding.extra_per_row else 0,
-        "WHOLE": columns % weight.block_size == 0,
+        "WHOLE": columns % block_size == 0,
+    }
+    tiles = math.ceil(row_bytes / (shape["GROUPS"] * shape["GROUP"]))
+    return _Plan(form.levels, encoding.offsets, tile.warps, tiles, constants | shape)
+
+
+def _weight_kernel_arguments(
+    kernel: str,
+    inputs: int,
+    weight: QuantizedTensor,
+    columns: int,
+    start: int = 0,
+    levels: tuple[float, ...] | None = None,
+) -> tuple[_Plan, dict[str, Any]]:
+    """Return the plan, and the arguments of columns of a stored matrix from ``start``, which begins a block."""
+    plan = _plan(kernel, inputs, get_format(weight.format), weight.block_size, weight.scale_encoding, columns)
+    packed, scales = _with_contiguous_rows(weight.packed), _with_contiguous_rows(weight.scales)
+    if start:
+        packed = packed[:, start * plan.constants["BITS"] // 8 :]
+        scales = scales[:, start // weight.block_size :]
+    return plan, {
+        "packed": packed,
+        "scales": scales,
+        "levels": float32_table(levels or plan.levels, packed.device),
+        "packed_stride": packed.stride(0),
+        "scales_stride": scales.stride(0),
+        **plan.constants,
     }
 
 

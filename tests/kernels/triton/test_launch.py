@@ -2,15 +2,18 @@
 
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from lowmem import QuantizedTensor
+from lowmem import QuantizedTensor, quantize
+from lowmem.kernels import gpu
 from lowmem.quant.formats import get_format
 from tests.kernels.triton.legs import launches
+from tests.selection import selection
 
 launch = launches(interpreted=False)
 import triton  # noqa: E402
@@ -132,6 +135,28 @@ def test_kernels_compile_and_take_no_more_than_their_ceilings(case, name):
     assert all(one <= ceiling for one, ceiling in zip(taken, ceilings, strict=True)), taken
 
 
+VARIANTS = selection(
+    [
+        ["dequantize", 1, 2, 4, 8],
+        ["nf4", "bof4s", "int8"],
+        [8, 10, 16, 32, 64, 4096],
+        ["float32", "float16", "double"],
+        [torch.float32, torch.float16, torch.bfloat16],
+        [(4096, 4096), (5, 4095)],
+    ],
+    2,
+)
+"""Each pair of values of what a kernel is compiled for: batch sizes, formats, block sizes, scales, dtypes, shapes."""
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_no_variant_spills_or_uses_a_stack(variant, name):
+    kernel, *stored, shape = variant
+    job = dequantizing(*stored, shape) if kernel == "dequantize" else multiplying(kernel, *stored, shape)
+    assert usage(compiled(job, TARGETS[name]), TARGETS[name])[2] == 0
+
+
 def test_a_tile_has_groups_that_end_with_their_blocks():
     tile = launch.CodeTile(nbytes=2048, of_row=512, group=16, warps=4)
     for block_bytes in (4, 5, 12, 16, 32, 2048):
@@ -142,3 +167,28 @@ def test_a_tile_has_groups_that_end_with_their_blocks():
             assert shape["GROUPS"] * shape["GROUP"] <= 512
             assert shape["ROWS"] * shape["GROUPS"] * shape["GROUP"] in (1024, 2048)
     assert tile.shape_constants(4096, 32) == {"ROWS": 4, "GROUPS": 32, "GROUP": 16}
+
+
+class StartsNothing:
+    """A kernel without a device."""
+
+    def __getitem__(self, grid):
+        return lambda **arguments: None
+
+
+@pytest.mark.parametrize(("rows", "at_most"), [(1, 50), (64, 72)])
+def test_a_second_product_is_planned_no_more(rows, at_most, monkeypatch):
+    """Calls of Python functions, up to those of Triton's launcher: the plan of the first launch serves."""
+    for module, name in ((launch.few_inputs, "few"), (launch.of_rows, "dequantize")):
+        monkeypatch.setattr(module, name, StartsNothing())
+    monkeypatch.setattr(gpu, "triton_skip_reason_or_none", lambda device: None)
+    q, x, calls = quantize(torch.randn(128, 256), "nf4", scales="double"), torch.randn(rows, 256), []
+    for _ in range(2):
+        calls.clear()
+        sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+        try:
+            gpu.GpuBackend().linear(x, q, torch.float32)
+        finally:
+            sys.setprofile(None)
+    assert "shape_constants" not in calls
+    assert len(calls) <= at_most, calls
