@@ -6,7 +6,6 @@ import csv
 import hashlib
 import json
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import StringIO
@@ -223,9 +222,11 @@ def _read_hub_data_set(name: str) -> DataFile:
             raise cause from None
         why = f"and the Hub's data set cannot be loaded: {error_type_and_first_line(cause)}"
         if refusal is not None and isinstance(cause, ConnectionError):
-            command = f"from datasets import load_dataset; load_dataset({repository!r}, {config!r})"
-            lacks = f"the cache {quoted_path(settings.HF_DATASETS_CACHE)} lacks it, and {refusal}"
-            why = f"{lacks}; `python -c {shlex.quote(command)}` fetches it"
+            names = repr(repository) if config is None else f"{repository!r}, {config!r}"
+            why = (
+                f"the cache {quoted_path(settings.HF_DATASETS_CACHE)} lacks it, and {refusal}; "
+                f'`python -c "from datasets import load_dataset; load_dataset({names})"` fetches it'
+            )
         raise file_error(name, f"there is no such file or folder here, {why}") from reason
     finally:
         settings.HF_HUB_OFFLINE = is_offline

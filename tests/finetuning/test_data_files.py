@@ -192,7 +192,7 @@ def unreachable_hub(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.mark.parametrize(("name", "call"), [("me/qa", "'me/qa', None"), ("me/qa:test:main", "'me/qa', 'main'")])
+@pytest.mark.parametrize(("name", "call"), [("me/qa", "'me/qa'"), ("me/qa:test:main", "'me/qa', 'main'")])
 def test_a_hub_that_is_not_reached_is_one_line_at_once_with_the_command(name, call, unreachable_hub):
     with pytest.raises(FileError) as caught:
         read_data_files(name)
