@@ -27,6 +27,7 @@ from lowmem.nn.linear import GatheredLinear4Bit, HalfLinear, Linear4Bit, Linear8
 from lowmem.nn.module_copy import LAYERS
 from lowmem.nn.quantized_module import cached_quantized_weight_or_none
 from lowmem.nn.stored_module import StoredModule
+from lowmem.quant.backend import backend_of
 
 _IN_FLOAT32 = (None, torch.float32)
 
@@ -133,6 +134,9 @@ def convolution_lora_forward(layer: Any, input: Tensor, output_size: Any = None)
         )
     for adapter in adapters:
         update = adapter.low_rank_update()
+        if input.dtype in (torch.bfloat16, torch.float16) and backend_of(input).is_asynchronous:
+            # As the layer itself: tensor cores take float32 many times as long
+            update = update.with_matrices(update.left.to(input.dtype), update.right.to(input.dtype))
         first, second, *kernel = adapter.layout.shape
         groups, ones = layer.groups, (1,) * len(kernel)
         if layer.transposed:
