@@ -38,6 +38,7 @@ import lowmem
 from benchmarks.resident import _mib, _status, map_libraries, printed_json, reset_high_water
 from lowmem.kernels.threads import usable_cpu_count
 from lowmem.tools.arguments import parse_positive_int
+from lowmem.tools.compute_argument import set_compute_dtype
 from lowmem.tools.info import environment_info
 
 ROWS = (
@@ -45,10 +46,12 @@ ROWS = (
     *("lowmem bfloat16", "lowmem float32"),  # as transformers loads the folder
     *("prepared bfloat16", "prepared float32"),  # for inference
     *("cache8 bfloat16", "cache8 float32"),  # prepared, with keys and values in 8 bits
+    *("int8 bfloat16", "int8 float32"),  # prepared, with products in 8-bit integers
     "llama.cpp",
 )
 EXACT = "lowmem float32"  # whose logits others are held against
 DENSE = ("transformers", "bitsandbytes")  # which read the dense folder
+PREPARED = "prepared", "cache8", "int8"
 NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 SHAPES = {"smollm2": (576, 30, 9, 3, 1536), "large": (2048, 16, 32, 8, 5632), "tiny": (128, 2, 2, 1, 256)}
 PROMPT, TOKENS, SEQUENCES = 256, 64, 16
@@ -94,7 +97,9 @@ def load(row: str, folder: Path) -> Any:
         )
     source = folder / ("dense" if row.startswith(DENSE) else "stored")
     model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
-    if kind in ("prepared", "cache8"):
+    if kind == "int8":
+        set_compute_dtype(model, kind)
+    if kind in PREPARED:
         lowmem.prepare_inference(model)
     return model.eval()
 
@@ -132,7 +137,7 @@ class Transformers:
     def _new_cache(self) -> Any:
         from transformers import DynamicCache
 
-        if self.kind in ("prepared", "cache8"):
+        if self.kind in PREPARED:
             return lowmem.KeyValueCache(self.model, bits=8 if self.kind == "cache8" else None)
         return DynamicCache(config=self.model.config)
 

@@ -99,11 +99,10 @@ class NativeBlock:
     def __init__(self, block: nn.Module, spec: BlockSpec, allocate_scratch: ScratchAllocator) -> None:
         self.spec, self.allocate_scratch = spec, allocate_scratch
         self.layer_cache = NativeLayerCache(block, spec.all_layers, [spec.attention, spec.mlp], spec.all_norms)
-        # Numbers that a token's steps compute, at most.
+        # Numbers that a token's steps compute before the attention and behind it, at most.
         inner, *others = (layer.in_features for layer in spec.all_layers[::-1])
-        self.max_scratch_per_token: int = (
-            3 * inner + 8 * max(others) + 2 * sum(layer.out_features for layer in spec.projection_layers)
-        )
+        projected = sum(layer.out_features for layer in spec.projection_layers)
+        self.max_scratch_per_token: tuple[int, int] = max(others) + 2 * projected, 3 * inner + 7 * max(others)
 
     def __str__(self) -> str:
         if not self.spec.is_current():
@@ -181,7 +180,7 @@ class NativeBlock:
             spec, (batch, tokens, _) = self.spec, x.shape
             steps = NativeProgram(
                 native_layers.backend,
-                self.allocate_scratch(get_ident(), batch * tokens * self.max_scratch_per_token, x.dtype),
+                self.allocate_scratch(get_ident(), batch * tokens * sum(self.max_scratch_per_token), x.dtype),
             )
             query, *new = self._append_qkv_and_return_fields(steps, native_layers, x, cos_and_sin)
             for name, item, states in zip(("keys", "values"), spec.projections[1:], new, strict=True):
@@ -197,11 +196,8 @@ class NativeBlock:
         self, native_layers: NativeLayersAndPrograms, x: Tensor, cos_and_sin: dict[str, Tensor], cache: Any, mask: Any
     ) -> Tensor | None:
         """Return the output, with the attention of the model's library between two calls of C."""
-        spec, (batch, tokens, _) = self.spec, x.shape
-        first, last = (
-            NativeProgram(native_layers.backend, x.new_empty(batch * tokens * self.max_scratch_per_token))
-            for _ in range(2)
-        )
+        spec, (batch, tokens, _), (before, behind) = self.spec, x.shape, self.max_scratch_per_token
+        first = NativeProgram(native_layers.backend, x.new_empty(batch * tokens * before))
         projected, room = self._append_qkv_and_return_fields(first, native_layers, x, cos_and_sin), first.scratch
         if not first.try_run(x=x, **cos_and_sin):
             return None
@@ -212,15 +208,18 @@ class NativeBlock:
             for item, (_, at, _, *steps, _, _, _) in zip(spec.projections, projected, strict=True)
         ]
         mixed = spec.attend(*states, mask, cache).reshape(batch, tokens, -1).contiguous()
+        # A cache may have kept them; else their memory is free now
+        del first, room, states
+        last = NativeProgram(native_layers.backend, x.new_empty(batch * tokens * behind))
         out = torch.empty_like(x)
         self._append_output_after_attention(last, native_layers, x, "mixed")
         if last.try_run(x=x, mixed=mixed, out=out):
             return out
-        behind, before_mlp, behind_mlp = (
+        after, before_mlp, after_mlp = (
             nn.Identity() if item is None else item.module for item in spec.residual_norms[1:]
         )
-        total = x + behind(spec.out(mixed))
-        return cast(Tensor, total + behind_mlp(spec.mlp(before_mlp(total))))
+        total = x + after(spec.out(mixed))
+        return cast(Tensor, total + after_mlp(spec.mlp(before_mlp(total))))
 
     def _append_qkv_and_return_fields(
         self,

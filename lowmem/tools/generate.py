@@ -31,6 +31,7 @@ from lowmem.tools.chat_arguments import (
     read_recorded_chat_settings,
 )
 from lowmem.tools.command_exit import INTERRUPTED
+from lowmem.tools.compute_argument import add_compute_argument, print_compute_cost, set_compute_dtype
 from lowmem.tools.hub_arguments import add_revision_argument, fetch_base, fetch_model, parse_model_path
 from lowmem.tools.output import progress_display, warnings_printed_as_notes
 
@@ -86,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-bits", type=int, choices=[8], metavar="8", help="keep keys and values of earlier tokens in 8 bits"
     )
+    add_compute_argument(parser)
     parser.add_argument("--seed", type=parse_nonnegative_int, default=0, metavar="N", help="of sampling (default 0)")
     add_device_argument(parser, "where the model runs")
 
@@ -129,6 +131,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
         chat = apply_chat_arguments(arguments, tokenizer, recorded)
         ends = end_token_ids(model.generation_config, tokenizer, arguments.chat, chat.template_kwargs)
+    if arguments.compute is not None:
+        set_compute_dtype(model, arguments.compute)
+        print_compute_cost("generate", arguments.compute)
     prepare_inference(model.to(device))
     if arguments.cache_bits is not None:
         from lowmem.integrations.transformers import ATTENTION

@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Set
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from lowmem.tools.arguments import (
     parse_positive_int,
     select_local_rank_device,
 )
+from lowmem.tools.compute_argument import COMPUTE, add_compute_argument, print_compute_cost
 from lowmem.tools.hub_arguments import add_revision_argument, fetch_model, parse_model_path
 from lowmem.tools.output import (
     bytes_before_and_after_text,
@@ -49,7 +50,18 @@ from lowmem.tools.output import (
 _TECHNIQUE = ("format", "block_size", "scales", "search")
 _CALIBRATION = ("calibrate", "diagonal", "resume")
 OPTIONS = (
-    *("bits", *_TECHNIQUE, "embeddings", "include", "exclude", "shard_size", "requantize", "dtype", "device"),
+    *(
+        "bits",
+        *_TECHNIQUE,
+        "embeddings",
+        "compute",
+        "include",
+        "exclude",
+        "shard_size",
+        "requantize",
+        "dtype",
+        "device",
+    ),
     *("no_tokenizer", "for"),
     *_CALIBRATION,
 )
@@ -61,6 +73,7 @@ REFUSALS = {
     "a dense file": {
         **_NO_MODEL,
         "embeddings": "a file does not say which tensors are embeddings, and all become 4 bits: leave it out",
+        "compute": "a file does not say which tensor is the output layer, whose inputs are not rounded: leave it out",
         "requantize": "a dense file has no quantized tensors: leave it out",
         "dtype": "tensors of a dense file that are not converted are copied as they are: leave it out",
         "no_tokenizer": "a file has no tokenizer: leave it out",
@@ -79,6 +92,7 @@ REFUSALS = {
             "another program's codes are kept, and dense tensors too unless --include names them: leave it out"
         ),
         "embeddings": "another program's codes are kept: leave it out",
+        "compute": "it is no part of another program's file: leave it out, and use `lowmem generate --compute int8`",
         "device": "another program's file is read on the CPU: leave it out",
         "for": "another program's codes are kept as they are: leave it out, or take the dense model",
     },
@@ -131,6 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=EMBEDDINGS,
         help="for a folder: how to store embeddings and the output layer (default 8bit); q8_0 is what GGUF holds",
     )
+    add_compute_argument(parser)
     parser.add_argument(
         "--include",
         action="append",
@@ -223,11 +238,15 @@ def run(arguments: argparse.Namespace) -> int:
         _check_and_print_gguf_outlook(arguments.source)
     device = select_local_rank_device(arguments.device)
     technique = _blockwise_technique(arguments) if arguments.bits is None else Budget(arguments.bits)
+    if arguments.compute is not None:
+        technique = replace(technique, compute_dtype=COMPUTE[arguments.compute])
     with exclusive_write_lock(arguments.target), warnings_printed_as_notes():
         if arguments.calibrate is not None:
             rows = _calibrate_and_quantize_folder(arguments, technique, device)
         else:
             rows = (_quantize_model_folder if is_folder else _quantize_checkpoint_files)(arguments, technique, device)
+    if arguments.compute is not None:
+        print_compute_cost("quantize", arguments.compute)
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0

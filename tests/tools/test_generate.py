@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowmem
 from lowmem.__main__ import main
+from lowmem.inference.prepare_inference import prepare_inference
+from lowmem.nn.linear import QuantizedLinear
+from lowmem.tools import generate
 from lowmem.tools.generate import _TextGenerator
 from tests.integrations.transformers.folders import write
 from tests.integrations.transformers.tokens import write_tokenizer
@@ -90,6 +93,38 @@ def test_keys_and_values_in_8_bits_hold_for_the_whole_text(folders, capsys, monk
     assert found
     assert made[-1].layers[0].cached["keys"].rows.dtype is torch.int8
     assert made[-1].get_seq_length() >= 8
+
+
+@pytest.mark.parametrize("name", ["stored", "adapter of stored"])
+def test_linear_layers_multiply_integers_and_a_line_says_what_that_loses(folders, capsys, monkeypatch, name):
+    prepared = []
+    monkeypatch.setattr(generate, "prepare_inference", lambda model: prepared.append(prepare_inference(model)))
+    options = ["--prompt", "abc", "--temperature", "0", "--max-new-tokens", "8", "--compute", "int8"]
+    assert main(["generate", str(folders / name), *options]) == 0
+    told = capsys.readouterr()
+    assert "lowmem generate: --compute int8 rounds inputs of linear layers to 8 bits, which changes" in told.err
+    model, output = prepared[0], prepared[0].get_output_embeddings()
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    assert {layer.compute_dtype for layer in layers if layer is not output} == {torch.int8}
+    assert getattr(output, "compute_dtype", None) is None
+    assert told.out.removesuffix("\n") == expected(model, folders / "stored", do_sample=False)
+
+
+@pytest.mark.parametrize("options", [[], ["--bits", "6"], ["--format", "int8"], ["--calibrate", "self"]])
+def test_a_folder_says_that_its_linear_layers_multiply_integers(folders, tmp_path, capsys, options):
+    assert main(["quantize", str(folders / "dense"), str(tmp_path / "out"), *options, "--compute", "int8"]) == 0
+    assert capsys.readouterr().err.count("lowmem quantize: --compute int8 rounds inputs of linear layers") == 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    layers = [layer for layer in model.model.layers.modules() if isinstance(layer, QuantizedLinear)]
+    assert {layer.compute_dtype for layer in layers} == {torch.int8}
+    found = generated(capsys, tmp_path / "out", "--prompt", "abc", "--temperature", "0")
+    assert found == expected(model.eval(), tmp_path / "out", do_sample=False)
+
+
+def test_a_dense_model_has_no_layers_that_multiply_integers(folders, refused):
+    said = refused("generate", folders / "dense", "--prompt", "abc", "--compute", "int8")
+    assert "--compute int8 applies to linear layers in 4 or 8 bits, and the model has none: quantize it" in said
+    assert "--compute: invalid choice: 'int4' (choose from" in refused("generate", "a", "--compute", "int4")
 
 
 def test_sampling_is_repeated_by_its_seed(folders, capsys):

@@ -251,6 +251,7 @@ GIVEN = {
     "scales": ["--scales", "float32"],
     "search": ["--search"],
     "embeddings": ["--embeddings", "4bit"],
+    "compute": ["--compute", "int8"],
     "include": ["--include", "*"],
     "exclude": ["--exclude", "*up_proj*"],
     "shard_size": ["--shard-size", "1MB"],
@@ -266,7 +267,8 @@ GIVEN = {
 TECHNIQUE = {"format", "block_size", "scales", "search"}
 HEEDED = {
     "a dense file": TECHNIQUE | {"bits", "include", "exclude", "shard_size", "device"},
-    "a dense folder": TECHNIQUE | {"bits", "embeddings", "exclude", "shard_size", "calibrate", "device", "for"},
+    "a dense folder": TECHNIQUE
+    | {"bits", "embeddings", "compute", "exclude", "shard_size", "calibrate", "device", "for"},
     "another program's": {"include", "shard_size", "requantize", "dtype"},
 }
 """By the kind of input, the options that mean something when they are given alone."""

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -30,6 +31,7 @@ import lowmem
 from lowmem import FourBit, KeyValueCache, LoRA, convert, inference_report, prepare_inference, release_inference
 from lowmem.inference.transformer_block import NativeBlock
 from lowmem.integrations.transformers.attention_interface import ATTENTION
+from lowmem.kernels.native_program import NativeProgram
 from lowmem.nn.dot_product_attention import MOST
 from tests.compiled import needs_kernel
 from tests.integrations.transformers import test_key_value_cache
@@ -142,6 +144,24 @@ def test_a_block_multiplies_integers(family, dtype, ran):
         assert (got - expected).norm() <= 0.2 * lost
     else:  # where other roundings are as large
         assert (got - before).norm() <= 2 * lost
+
+
+def test_a_prompt_holds_the_memory_of_one_call_of_c_at_a_time(monkeypatch):
+    """More would be given back to the system after each block, whose pages the next block had to get anew."""
+    model, scratch, alive = prepare_inference(model_of("llama")), [], []
+    make = NativeProgram.__init__
+
+    def made(program, backend, room):
+        alive.append(sum(one() is not None for one in scratch))
+        scratch.append(weakref.ref(room))
+        make(program, backend, room)
+
+    monkeypatch.setattr(NativeProgram, "__init__", made)
+    with torch.no_grad():
+        model(ids_of(1, 40), cache=KeyValueCache(model), use_cache=True)
+    blocks = 2 * model.config.num_hidden_layers
+    assert len(alive) >= blocks
+    assert max(alive) == 0
 
 
 class OtherCache(DynamicCache):
