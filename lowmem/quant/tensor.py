@@ -35,12 +35,17 @@ BYTES_PER_WEIGHT = 18
 the value (4), and the scale (at most 8, where the last block is short)."""
 
 
-@cache
 def device_scratch_bytes(device: torch.device) -> int:
-    """Return the limit of the scratch memory on a device other than the CPU."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    """Return the limit of scratch memory on a device other than the CPU; the least one inside a compiled graph."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
         return DEVICE_SCRATCH_BYTES
-    return max(DEVICE_SCRATCH_BYTES, int(torch.cuda.get_device_properties(device).total_memory) // DEVICE_SHARE)
+    return max(DEVICE_SCRATCH_BYTES, cuda_memory_bytes_or_zero(device) // DEVICE_SHARE)
+
+
+@cache
+def cuda_memory_bytes_or_zero(device: torch.device) -> int:
+    """Return the memory of a GPU; 0 where torch finds none."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if torch.cuda.is_available() else 0
 
 
 def row_slices_within_scratch(

@@ -19,7 +19,7 @@ import lowmem
 from lowmem import AdamW8bit, EightBit, FourBit, LoRA, add_adapter, convert, kernels, quantize
 from lowmem.kernels import gpu, reference
 from lowmem.quant.backend import backend_for, set_backend
-from lowmem.quant.tensor import device_scratch_bytes
+from lowmem.quant.tensor import cuda_memory_bytes_or_zero, device_scratch_bytes
 from tests.gpu_steps import UPDATE, gpu_backend_on_cpu, record, record_step
 from tests.nn.stored_cases import CASES, store
 
@@ -467,10 +467,10 @@ def test_chunks_are_those_of_a_device_and_not_of_a_processor_s_cache(monkeypatch
     assert record(optimizer.step).kernels == record_step(UPDATE).kernels
     device = torch.device("cuda", 7)
     assert device_scratch_bytes(device) == 144 * 2**20
-    device_scratch_bytes.cache_clear()
+    cuda_memory_bytes_or_zero.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
     try:
         assert device_scratch_bytes(device) == 80 * 2**30 // 64
     finally:
-        device_scratch_bytes.cache_clear()
+        cuda_memory_bytes_or_zero.cache_clear()

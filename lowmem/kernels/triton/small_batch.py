@@ -16,15 +16,16 @@ from lowmem.kernels.triton.decode import (
 
 @triton.jit
 def add_products(sums, x, x_stride, inputs, column, mask, values):
-    """Add the products of each input and the weights to its sums (rows, groups, bytes), each in one rounding; of sums
-    beyond the inputs, those of the last input, which stay unused."""
+    """Add the products of each input and the weights to its sums (rows, groups, bytes), each in one rounding; sums
+    beyond the inputs stay 0."""
     added = ()
     for number in tl.static_range(len(sums)):
         # Each thread loads what it multiplies
         at = tl.broadcast_to((x + column)[None], values.shape)
-        given = tl.load(at, mask=mask[None], other=0).to(tl.float32)
+        there = mask & (tl.full(mask.shape, number, tl.int32) < inputs)
+        given = tl.load(at, mask=there[None], other=0).to(tl.float32)
         added = added + (tl.fma(given, values, sums[number]),)  # noqa: RUF005 (Triton unpacks no tuples)
-        x += tl.where(number + 1 < inputs, x_stride, 0)
+        x += x_stride
     return added
 
 
