@@ -46,11 +46,13 @@ from lowmem.transforms.calibration.input_moments import (
 from lowmem.transforms.calibration.model_runs import (
     check_batches_reiterable,
     evaluation_without_gradients,
+    linear_layers_in_fast_dtype,
     replaced_forward,
     run_batch,
 )
+from lowmem.transforms.calibration.random_tokens import random_token_batches
 from lowmem.transforms.calibration.resume_files import FinishedUnitFiles, calibration_digest
-from lowmem.transforms.calibration.self_generated_text import self_generated_token_batches
+from lowmem.transforms.calibration.self_generated_text import check_token_count, self_generated_token_batches
 from lowmem.transforms.converted_copies import StoreFactory, cached_store_factory, converted_copy
 from lowmem.transforms.model_checks import check_layers_are_changeable
 from lowmem.transforms.module_registry import (
@@ -74,7 +76,7 @@ _BY_WEIGHTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)  # which 
 @release_memory_after_call
 def calibrate(
     model: M,
-    batches: Iterable[Any] | Literal["self"],
+    batches: Iterable[Any] | Literal["self", "random"],
     technique: FourBit | Budget = _DEFAULT,
     *,
     where: Callable[[str, nn.Module], bool] | None = None,
@@ -88,6 +90,7 @@ def calibrate(
     tokenizer: Any = None,
     seed: int = 0,
     temperature: float = 1.0,
+    tokens: int = 4096,
 ) -> M:
     """Convert a model to 4 bits as ``convert`` does, with linear layers calibrated on sample inputs.
 
@@ -112,8 +115,9 @@ def calibrate(
         model: any module; the root itself can be the layer.
         batches: typical inputs of the model, a few thousand rows in all, the same at each iteration (a list, a
             DataLoader). Each is a Tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
-            "self": 4096 tokens, 32 texts of 128, which a causal language model generates itself (LLM-QAT, arXiv
-            2305.17888), fewer where it takes fewer positions.
+            "self": texts of 128 tokens, which a causal language model generates itself (LLM-QAT, arXiv 2305.17888).
+            "random": rows of 256 token ids, drawn evenly from the vocabulary without special tokens, for a causal
+            language model or an encoder with an embedding. Both are shorter where the model takes fewer positions.
         technique: how to store; of several formats each layer gets the one with the least weighted error. A
             ``Budget`` is divided first, by its ``inputs``, or else by these batches: the dense model runs forward and
             backward on each once. Layers that get 8 bits keep the nearest codes.
@@ -130,8 +134,9 @@ def calibrate(
         resume: a folder to hold the layers of each block that is done. A call with the same arguments after the
             process was ended takes them from there, and returns the same, byte for byte.
         progress: called after each block with how many are done, how many there are, and the seconds left.
-        tokenizer, seed, temperature: of what "self" draws: the model's tokenizer, as transformers has it; with a
-            temperature of 1, tokens are drawn as the model predicts.
+        tokenizer, seed, temperature, tokens: of what "self" and "random" draw: the model's tokenizer, as transformers
+            has it, without which "random" draws from all rows of the embedding but the tokens that the model's config
+            names; with a temperature of 1, "self" draws tokens as the model predicts; how many there are.
 
     Returns:
         The model, changed in place. Calibrated layers have the ``quantized.method`` "calibrated", or "search" with
@@ -142,8 +147,9 @@ def calibrate(
             tokenizer.
         ValueError: no batches, a batch of padding alone, inputs of a layer that are NaN or infinite (it is named), a
             bad damping, ``blocks`` that match nothing or cannot be run one by one, options that ``diagonal`` does not
-            take, "self" with a model that does not generate or a tokenizer of another vocabulary, or what ``convert``
-            rejects. After any error, also one of the model's own, the model is unchanged.
+            take, "self" with a model that does not generate, "random" with one that has no embedding, either with a
+            tokenizer of another vocabulary, or what ``convert`` rejects. After any error, also one of the model's
+            own, the model is unchanged.
         FileError: a file in ``resume`` is damaged, or of another model, other batches or settings.
         OSError: ``offload`` or ``resume`` cannot be written.
 
@@ -165,11 +171,16 @@ def calibrate(
     candidates = {layer: path for layer, (path, _) in selection.items()}
     check_layers_are_changeable("calibrate", candidates)
     if isinstance(batches, str):
-        batches = self_generated_token_batches(model, tokenizer, seed, temperature)
+        check_token_count(tokens)
+        batches = (
+            self_generated_token_batches(model, tokenizer, seed, temperature, tokens)
+            if batches == "self"
+            else random_token_batches(model, tokenizer, seed, tokens)
+        )
     if not any(True for _ in batches):
         raise ValueError("batches is empty: pass one batch at least, or use convert, which needs none")
     steps, chosen = _techniques_with_search_and_budget(model, technique, selection, where, batches)
-    with evaluation_without_gradients(model) as overrides:
+    with linear_layers_in_fast_dtype(model), evaluation_without_gradients(model) as overrides:
         run = _CalibrationRun(model, batches, candidates, damping, overrides, progress, steps)
         lists = [] if diagonal else select_block_lists(model, run.layers_to_calibrate, blocks)
         run.quantize_uncalibrated_layers()
@@ -207,7 +218,7 @@ def _check_calibration_arguments(batches: object, technique: object, damping: ob
         raise ValueError(f"damping={short_repr(damping)} must be a number above 0; 0.01 suits most models")
     if progress is not None:
         check_callable_with("progress", progress, "callable with two counts and seconds, or None", 1, 1, 0.0)
-    if not (isinstance(batches, str) and batches == "self"):
+    if not (isinstance(batches, str) and batches in ("self", "random")):
         check_batches_reiterable(batches)
 
 

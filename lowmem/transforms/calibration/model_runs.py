@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lowmem.quant.backend import fast_matmul_dtype
 
 
 class StopModelRun(BaseException):
@@ -69,6 +72,29 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
         attributes.pop("forward", None)
         if before is not None:
             attributes["forward"] = before
+
+
+@contextmanager
+def linear_layers_in_fast_dtype(model: nn.Module) -> Iterator[None]:
+    """Let dense linear layers compute in float32 inside the block, where torch is slow at their dtype.
+
+    Results have the dtype of the input. Layers with a ``forward`` of their own keep it.
+    """
+
+    def forward_in(layer: nn.Linear, wide: torch.dtype, input: Tensor) -> Tensor:
+        if input.dtype is not layer.weight.dtype:
+            # As torch refuses it
+            return nn.functional.linear(input, layer.weight, layer.bias)
+        bias = None if layer.bias is None else layer.bias.to(wide)
+        return nn.functional.linear(input.to(wide), layer.weight.to(wide), bias).to(input.dtype)
+
+    with ExitStack() as stack:
+        for layer in model.modules():
+            if type(layer) is nn.Linear and "forward" not in vars(layer):
+                wide = fast_matmul_dtype(layer.weight.dtype, layer.weight)
+                if wide is not layer.weight.dtype:
+                    stack.enter_context(replaced_forward(layer, partial(forward_in, layer, wide)))
+        yield
 
 
 @contextmanager

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import error_type_and_first_line, short_repr
-from lowmem.transforms.calibration.model_runs import evaluation_without_gradients
+from lowmem.transforms.calibration.model_runs import evaluation_without_gradients, linear_layers_in_fast_dtype
 
-SEQUENCES = 32
 TOKENS = 128
-"""Of a sequence, if the model takes as many: 4096 tokens in all."""
+"""Of a text, if the model takes as many."""
+
+ROWS_PER_BATCH = 8
 
 _NOT_FINITE = "what it predicts of a text is NaN or infinite"
 
@@ -25,7 +26,25 @@ LEAST_SHARE = 0.5
 """Of the tokens that a model knows, those that its tokenizer makes: models pad their vocabularies by some percent."""
 
 
-def self_generated_token_batches(model: nn.Module, tokenizer: Any, seed: int, temperature: float) -> list[Tensor]:
+def check_seed(seed: object) -> None:
+    """Raise a TypeError or ValueError unless a generator of torch takes ``seed``."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed={short_repr(seed)} must be an integer")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed} must be below 2^63, and at least -2^63")
+
+
+def check_token_count(tokens: object) -> None:
+    """Raise a TypeError or ValueError unless ``tokens`` is an integer above 0."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int):
+        raise TypeError(f"tokens={short_repr(tokens)} must be an integer")
+    if tokens < 1:
+        raise ValueError(f"tokens={tokens} must be a whole number above 0; 4096 suit most models")
+
+
+def self_generated_token_batches(
+    model: nn.Module, tokenizer: Any, seed: int, temperature: float, tokens: int = 4096
+) -> list[Tensor]:
     """Return text of a causal language model, sampled from all that it predicts: tokens int64 (batch, tokens).
 
     Each text begins with what the tokenizer puts before any, and a token that is drawn evenly. It goes on behind the
@@ -37,11 +56,9 @@ def self_generated_token_batches(model: nn.Module, tokenizer: Any, seed: int, te
         tokenizer: of the model; ``len`` is the number of its tokens.
         seed: of the draws.
         temperature: above 0; by which logits are divided.
+        tokens: how many texts there are, of 128 tokens each; those of a model that takes fewer are shorter.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed={short_repr(seed)} must be an integer")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed={seed} must be below 2^63, and at least -2^63")
+    check_seed(seed)
     if isinstance(temperature, bool) or not isinstance(temperature, int | float):
         raise TypeError(f"temperature={short_repr(temperature)} must be a number")
     if not 0 < temperature < math.inf:
@@ -52,19 +69,20 @@ def self_generated_token_batches(model: nn.Module, tokenizer: Any, seed: int, te
             'batches="self" needs to know the vocabulary'
         )
     generator = torch.Generator("cpu").manual_seed(seed)
-    with evaluation_without_gradients(model):
+    with linear_layers_in_fast_dtype(model), evaluation_without_gradients(model):
         _check_causal_language_model(model, tokenizer)
-        first = torch.randint(len(tokenizer), (SEQUENCES, 1), generator=generator, dtype=torch.int64, device="cpu")
+        texts = -(-tokens // TOKENS)
+        first = torch.randint(len(tokenizer), (texts, 1), generator=generator, dtype=torch.int64, device="cpu")
         start = [torch.full_like(first, token) for token in _prepended_bos_token_ids(tokenizer)]
-        tokens = torch.cat([*start, first], dim=1).to(_first_parameter_device_or_cpu(model))  # (sequences, 1 or 2)
+        ids = torch.cat([*start, first], dim=1).to(first_parameter_device_or_cpu(model))  # (texts, 1 or 2)
         past, cache = None, _cache_argument_name_or_none(model)
-        while tokens.shape[1] < min(TOKENS, _max_positions_or_default(model)):
+        while ids.shape[1] < capped_positions(model, TOKENS):
             more = {} if cache is None else {"use_cache": True, cache: past}
             try:
-                out: Any = model(tokens if past is None else tokens[:, -1:], **more)
+                out: Any = model(ids if past is None else ids[:, -1:], **more)
             except Exception as error:
                 reason = error_type_and_first_line(error)
-                failure_text = f"{type(model).__name__} fails at a text of {tokens.shape[1]} tokens ({reason})"
+                failure_text = f"{type(model).__name__} fails at a text of {ids.shape[1]} tokens ({reason})"
                 raise ValueError(f"{failure_text}: pass batches of its inputs, as long as it takes them") from error
             if cache is not None:
                 # None: it has kept nothing, and gets all tokens again
@@ -77,9 +95,9 @@ def self_generated_token_batches(model: nn.Module, tokenizer: Any, seed: int, te
             if not shares[:, -1].isfinite().all():
                 raise ValueError(_cannot_generate_message(model, _NOT_FINITE))
             points = torch.rand(first.shape, generator=generator, dtype=shares.dtype, device="cpu") * shares[:, -1:]
-            drawn = torch.searchsorted(shares, points, right=True)  # (sequences, 1)
-            tokens = torch.cat([tokens, drawn.to(tokens.device)], dim=1)
-    return list(tokens.split(SEQUENCES // 4))
+            drawn = torch.searchsorted(shares, points, right=True)  # (texts, 1)
+            ids = torch.cat([ids, drawn.to(ids.device)], dim=1)
+    return list(ids.split(ROWS_PER_BATCH))
 
 
 def _check_causal_language_model(model: nn.Module, tokenizer: Any) -> None:
@@ -87,7 +105,7 @@ def _check_causal_language_model(model: nn.Module, tokenizer: Any) -> None:
     can: Any = getattr(model, "can_generate", None)
     if callable(can) and not can():
         raise ValueError(_cannot_generate_message(model, "its class has no generate()"))
-    probe = torch.tensor([[0, 1]], dtype=torch.int64, device=_first_parameter_device_or_cpu(model))
+    probe = torch.tensor([[0, 1]], dtype=torch.int64, device=first_parameter_device_or_cpu(model))
     try:
         outputs = [model(tokens) for tokens in (probe[:, :1], probe)]
     except Exception as error:
@@ -116,10 +134,9 @@ def _cache_argument_name_or_none(model: Any) -> str | None:
     return next((name for name in ("cache", "past_key_values") if name in known), None)
 
 
-def _max_positions_or_default(model: Any) -> int:
-    """Return how many tokens a model of transformers takes, as its config says."""
-    config = getattr(model, "config", None)
-    return getattr(config, "max_position_embeddings", None) or TOKENS
+def capped_positions(model: Any, most: int) -> int:
+    """Return ``most``, or how many tokens a model of transformers takes by its config, if these are fewer."""
+    return min(most, getattr(getattr(model, "config", None), "max_position_embeddings", None) or most)
 
 
 def _prepended_bos_token_ids(tokenizer: Any) -> list[int]:
@@ -144,6 +161,7 @@ def _cannot_generate_message(model: nn.Module, reason: str) -> str:
     )
 
 
-def _first_parameter_device_or_cpu(model: nn.Module) -> torch.device:
+def first_parameter_device_or_cpu(model: nn.Module) -> torch.device:
+    """Return where a model's tokens go."""
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
