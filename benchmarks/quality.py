@@ -10,13 +10,19 @@ Nothing is calibrated. Paragraphs of Python's manual judge.
 - Six linear layers of 1024 x 1024 with one float32 input: how many times as fast as dense ones they are.
 
 Both trained models come in the packages of ``benchmarks.trained``.
+
+``python -m benchmarks.quality --calibrated FILE...``: the table of docs/guides/calibration.md, of SmolLM2-135M as the
+default stores it, calibrated in several ways. Other paragraphs of the manual are the text that calibrates; the
+paragraphs that judge above and those of each FILE, texts of other kinds, judge.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from time import process_time
 from types import MappingProxyType
@@ -26,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import lowmem
-from benchmarks.trained import minilm, paragraphs, smollm2
+from benchmarks.trained import minilm, paragraphs, paragraphs_of, smollm2
 from lowmem import EightBit, FourBit, measure
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.testing.memory import THREADS
@@ -46,6 +52,7 @@ CHOICES: Mapping[str, tuple[Technique, str]] = MappingProxyType(
 
 JUDGES, TOKENS, ROWS = 128, 256, 8  # paragraphs for the encoder; tokens of a row, and rows, for the language model
 LAYERS = 6  # that are timed
+LETTERS = 5  # of a token at most, on average
 COLUMNS = ["Linear layers", "Bits/ weight", "MiB", "Cosine", "KL", "Perplexity / dense", "Speed", "Use it when"]
 
 
@@ -113,10 +120,54 @@ def language_model() -> tuple[nn.Module, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
-def rows_of_tokens(tokenizer: Any) -> Tensor:
-    """Return int64 (ROWS, TOKENS): the text that judges, cut into rows."""
-    tokens: list[int] = tokenizer("\n\n".join(judging()))["input_ids"]
+def rows_of_tokens(tokenizer: Any, texts: Sequence[str] | None = None) -> Tensor:
+    """Return int64 (ROWS, TOKENS): texts, by default those that judge, cut into rows."""
+    tokens: list[int] = tokenizer("\n\n".join(judging() if texts is None else texts), verbose=False)["input_ids"]
     return torch.tensor(tokens[: ROWS * TOKENS]).view(-1, TOKENS)
+
+
+def calibrations(model: nn.Module, tokenizer: Any) -> dict[str, list[Tensor] | str | None]:
+    """Return, by name, what ``calibrate`` gets; None: the model is converted."""
+    from lowmem.integrations.transformers.folder_calibration import calibration_batches
+    from lowmem.transforms.calibration.random_tokens import random_token_batches
+
+    judges = set(judging())
+    text: Any = calibration_batches(model, tokenizer, "\n\n".join(p for p in paragraphs() if p not in judges))
+    drawn = random_token_batches(model, tokenizer, 0, 4096)
+    return {
+        "none": None,
+        "`random`, 4096 tokens": drawn,
+        "`self`, 4096 tokens": "self",
+        "Python's manual, 8192 tokens": text,
+        "the manual and `random`": [*text, *drawn],
+    }
+
+
+def calibrated_table(files: Sequence[Path]) -> list[str]:
+    """Return the lines of the table of calibrations, judged by the manual and by texts of other kinds."""
+    dense, tokenizer = language_model()
+    kinds = {"manual": rows_of_tokens(tokenizer)}
+    for file in files:
+        found = paragraphs_of(file.read_text(encoding="utf8"))
+        step = max(1, sum(map(len, found)) // (LETTERS * ROWS * TOKENS))  # evenly spread
+        kinds[file.stem] = rows_of_tokens(tokenizer, found[::step])
+    columns = [f"{kind}: {figure}" for kind in kinds for figure in ("perplexity / dense", "KL")]
+    models, figures = {}, {}
+    for name, batches in calibrations(dense, tokenizer).items():
+        started, model = process_time(), copy.deepcopy(dense)
+        if batches is None:
+            lowmem.convert(model, FourBit())
+        else:
+            lowmem.calibrate(model, batches, FourBit(), tokenizer=tokenizer)
+        models[name], figures[name] = model, [f"{process_time() - started:.0f}"]
+    for rows in kinds.values():
+        for name, lost in losses(dense, models, rows).items():
+            figures[name] += [f"{lost.perplexity:.3f}", f"{lost.divergence:.3f}"]
+    return [
+        f"| Calibrated on | CPU seconds | {' | '.join(columns)} |",
+        f"| :-- {'| --: ' * (1 + len(columns))}|",
+        *(f"| {name} | {' | '.join(row)} |" for name, row in figures.items()),
+    ]
 
 
 @torch.no_grad()
@@ -185,7 +236,13 @@ def dense_row(size: int) -> list[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibrated", nargs="+", type=Path, metavar="FILE", help="print the table of calibrations")
+    files = parser.parse_args().calibrated
     torch.set_num_threads(THREADS)
+    if files is not None:
+        print("\n".join(calibrated_table(files)))
+        return
     choices = {name: technique for name, (technique, _) in CHOICES.items()}
     found = cosines(choices)
     dense, tokenizer = language_model()

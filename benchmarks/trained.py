@@ -35,5 +35,10 @@ def manual() -> list[str]:
 
 def paragraphs() -> list[str]:
     """Return the paragraphs of the manual that are long enough to say something."""
-    found = (" ".join(text.split()) for page in manual() for text in re.split(r"\n\s*\n", page))
-    return [text for text in found if len(text) >= 200]
+    return [text for page in manual() for text in paragraphs_of(page)]
+
+
+def paragraphs_of(text: str) -> list[str]:
+    """Return the paragraphs of a text that are long enough to say something; empty lines, or "%", separate them."""
+    found = (" ".join(part.split()) for part in re.split(r"\n\s*%?\s*\n", text))
+    return [part for part in found if len(part) >= 200]

@@ -166,9 +166,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate",
         type=parse_nonempty_path,
-        metavar="self|FILE",
-        help="for a folder: calibrate on a text (UTF-8), or on 4096 tokens that the causal language model generates "
-        "itself (seed 0, temperature 1)",
+        metavar="self|random|FILE",
+        help="for a folder: calibrate on a text (UTF-8), on 4096 tokens that the causal language model generates "
+        "itself (seed 0, temperature 1), or on 4096 that are drawn evenly from the vocabulary (seed 0)",
     )
     parser.add_argument(
         "--diagonal",
@@ -321,10 +321,11 @@ def _quantize_model_folder(
     arguments: argparse.Namespace, technique: FourBit | EightBit | Budget, device: torch.device
 ) -> list[TensorConversionRow]:
     """Convert a folder, which transformers loads."""
+    from lowmem.integrations.transformers.folder_calibration import self_calibration_hint_or_none
     from lowmem.integrations.transformers.pretrained_folder import quantize_folder
 
     with progress_display("quantize"):
-        return quantize_folder(
+        rows = quantize_folder(
             arguments.source,
             arguments.target,
             technique,
@@ -332,6 +333,10 @@ def _quantize_model_folder(
             shard_bytes=arguments.shard_size,
             device=device,
         )
+    hint = None if isinstance(technique, EightBit) else self_calibration_hint_or_none(arguments.source, rows)
+    if hint is not None:
+        print(f"lowmem quantize: {hint}", file=sys.stderr)
+    return rows
 
 
 def _calibrate_and_quantize_folder(
@@ -340,12 +345,12 @@ def _calibrate_and_quantize_folder(
     """Calibrate the model of a folder, which transformers loads."""
     if isinstance(technique, EightBit):
         raise ValueError("--calibrate chooses codes of 4 bits, and --format says 8: use only one of them")
-    text = None if str(arguments.calibrate) == "self" else arguments.calibrate
-    if text is not None and not text.is_file():
-        raise ValueError(f"--calibrate={escaped_and_truncated(str(text))!r} is no file: name a text, or self")
 
-    from lowmem.integrations.transformers.folder_calibration import load_calibrate_and_write_folder
+    from lowmem.integrations.transformers.folder_calibration import WITHOUT_TEXT, load_calibrate_and_write_folder
 
+    text = str(arguments.calibrate) if str(arguments.calibrate) in WITHOUT_TEXT else arguments.calibrate
+    if isinstance(text, Path) and not text.is_file():
+        raise ValueError(f"--calibrate={escaped_and_truncated(str(text))!r} is no file: name a text, self or random")
     with progress_display("calibrate", MofNCompleteColumn, TimeRemainingColumn) as update:
         return load_calibrate_and_write_folder(
             arguments.source,

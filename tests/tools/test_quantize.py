@@ -227,17 +227,19 @@ def test_an_empty_name_is_named_as_it_was_given(argv, which, refused):
     assert f"argument {which}: '' must be the name of a file" in refused("quantize", *argv)
 
 
-def test_a_folder_of_transformers_is_given_to_its_integration(tmp_path, monkeypatch):
+def test_a_folder_of_transformers_is_given_to_its_integration(tmp_path, monkeypatch, capsys):
     """What transformers does is held where it is installed: tests/integrations."""
     folder = ModuleType("lowmem.integrations.transformers.pretrained_folder")
     calls = []
     folder.quantize_folder = lambda *given, **named: calls.append((given, named)) or []
-    for module in ("lowmem.integrations.transformers", "lowmem.integrations.transformers.pretrained_folder"):
-        monkeypatch.setitem(sys.modules, module, folder)
+    folder.self_calibration_hint_or_none = lambda source, rows: f"{source.name} may be calibrated"
+    for module in ("", ".pretrained_folder", ".folder_calibration"):
+        monkeypatch.setitem(sys.modules, f"lowmem.integrations.transformers{module}", folder)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "config.json").write_text('{"model_type": "llama"}')
     given = ["quantize", str(tmp_path / "in"), str(tmp_path / "out")]
     assert main([*given, "--format", "int4", "--exclude", "lm_head", "--shard-size", "1MiB"]) == 0
+    assert "lowmem quantize: in may be calibrated" in capsys.readouterr().err
     ((source, target, technique), named) = calls.pop()
     assert (source, target) == (tmp_path / "in", tmp_path / "out")
     assert technique == lowmem.FourBit("int4")

@@ -277,7 +277,7 @@ FUNCTIONS = {
     "check_tensors_fit_config": check_tensors_fit_config,
     "quantize_folder": lambda folder: quantize_folder(folder, Path("out"), FourBit()),
     "load_calibrate_and_write_folder": lambda folder: load_calibrate_and_write_folder(
-        folder, Path("out"), FourBit(), None
+        folder, Path("out"), FourBit(), "self"
     ),
     "compare_folders_on_text": lambda folder: compare_folders_on_text([folder, folder], "one and two are three"),
     "dense_model_factory": lambda folder: dense_model_factory(folder)(),

@@ -1,6 +1,7 @@
 """A folder is calibrated on a text or on the model's own, by the command, too; else an error of one line says why."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import (
 import lowmem
 from lowmem import Budget, FourBit, calibrate
 from lowmem.__main__ import main
-from lowmem.integrations.transformers.folder_calibration import calibration_batches
+from lowmem.integrations.transformers.folder_calibration import SELF_GAIN, calibration_batches
 from lowmem.transforms.calibration.self_generated_text import self_generated_token_batches
 from tests.integrations.transformers.folders import CONFIGS, assert_same, load, write
 from tests.integrations.transformers.tokens import write_tokenizer
@@ -94,6 +95,35 @@ def test_the_command_calibrates_without_data_and_by_columns_alone(source, tmp_pa
     assert type(weighed.down_proj) is torch.nn.Linear
 
 
+def test_the_command_calibrates_on_random_tokens(source, tmp_path, capsys):
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--calibrate", "random"]) == 0
+    assert "--calibrate self" not in capsys.readouterr().err
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    expected = calibrate(load(source, dtype="auto"), "random", FourBit(), tokenizer=tokenizer, tokens=4096)
+    assert_same(load(tmp_path / "out"), expected)
+
+
+def test_the_command_without_calibration_names_it_with_its_gain_and_its_time(source, tmp_path, capsys):
+    assert main(["quantize", str(source), str(tmp_path / "out")]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "--calibrate self" in line]
+    assert len(lines) == 1
+    assert "takes about 1 s of CPU time" in lines[0]
+    figures = re.search(r"from ([\d.]+) to ([\d.]+) times the dense model's", lines[0]).groups()
+    assert figures == (f"{SELF_GAIN.without:.3f}", f"{SELF_GAIN.calibrated:.3f}")
+    assert main(["quantize", str(source), str(tmp_path / "eight"), "--format", "int8"]) == 0
+    assert "--calibrate" not in capsys.readouterr().err  # 8 bits are not calibrated
+
+
+def test_the_gain_that_the_command_names_is_the_guides():
+    guide = (Path(__file__).parents[3] / "docs" / "guides" / "calibration.md").read_text(encoding="utf8")
+    table = guide.partition("<!-- python -m benchmarks.quality --calibrated people zitate -->\n")[2]
+    rows = [[cell.strip() for cell in line.split("|")] for line in table.partition("<!-- end -->")[0].splitlines()]
+    column = next(row for row in rows if "Calibrated on" in row).index("manual: perplexity / dense")
+    by_data = {row[1]: row[column] for row in rows}
+    assert by_data["none"] == f"{SELF_GAIN.without:.3f}"
+    assert by_data["`self`, 4096 tokens"] == f"{SELF_GAIN.calibrated:.3f}"
+
+
 def test_the_command_divides_bits_by_the_text_and_calibrates(source, text, tmp_path, capsys):
     assert (
         main(["quantize", str(source), str(tmp_path / "out"), "--calibrate", str(text), "--bits", "6", "--verbose"])
@@ -109,7 +139,7 @@ def test_the_command_divides_bits_by_the_text_and_calibrates(source, text, tmp_p
     assert formats == {"bof4s", "int8"}
 
 
-def test_an_encoder_reads_paragraphs_that_are_padded_and_masked(tmp_path, text, refused):
+def test_an_encoder_reads_paragraphs_that_are_padded_and_masked(tmp_path, text, refused, capsys):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     BertForMaskedLM(BertConfig(vocab_size=258, max_position_embeddings=128, **sizes)).save_pretrained(tmp_path / "in")
     write_tokenizer(tmp_path / "in")
@@ -124,6 +154,12 @@ def test_an_encoder_reads_paragraphs_that_are_padded_and_masked(tmp_path, text, 
         "quantize", tmp_path / "in", tmp_path / "own", "--calibrate", "self"
     )
     assert not (tmp_path / "own").exists()
+    assert main(["quantize", str(tmp_path / "in"), str(tmp_path / "random"), "--calibrate", "random"]) == 0
+    expected = calibrate(model, "random", FourBit(), tokenizer=tokenizer)
+    assert_same(load(tmp_path / "random", as_class=BertForMaskedLM), expected)
+    capsys.readouterr()
+    assert main(["quantize", str(tmp_path / "in"), str(tmp_path / "plain")]) == 0
+    assert "--calibrate" not in capsys.readouterr().err  # it writes no text
 
 
 def test_a_warning_is_a_line_of_the_command(tmp_path, text, capsys):
@@ -146,7 +182,7 @@ def test_what_cannot_be_calibrated_is_an_error_and_nothing_is_written(source, te
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     assert "short.txt': it has too few tokens" in told("--calibrate", tmp_path / "short.txt")
     assert "bytes.txt': it is no UTF-8 text, from byte 0" in told("--calibrate", tmp_path / "bytes.txt")
-    assert "is no file: name a text, or self" in told("--calibrate", tmp_path / "gone.txt")
+    assert "is no file: name a text, self or random" in told("--calibrate", tmp_path / "gone.txt")
     assert "--calibrate chooses codes of 4 bits" in told("--calibrate", text, "--format", "int8")
     T5ForConditionalGeneration(T5Config(**T5, num_layers=1)).save_pretrained(tmp_path / "t5")
     write_tokenizer(tmp_path / "t5")
