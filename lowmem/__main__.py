@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import signal
 import sys
 import threading
@@ -133,11 +135,13 @@ def _parse_and_run(argv: Sequence[str], is_own_process: bool) -> int:
     )
     parser.add_argument("--version", action="version", version=f"lowmem {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    command_parsers: dict[str, argparse.ArgumentParser] = {}
     for name, summary in COMMANDS.items():
         # A new option would make abbreviations of others ambiguous
         command = commands.add_parser(
             name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
         )
+        command_parsers[name] = command
         command.add_argument("--debug", action="store_true", help="print the traceback of an error before its line")
         if name in argv[:1]:
             import_module(f"lowmem.tools.{name}").add_arguments(command)
@@ -146,7 +150,10 @@ def _parse_and_run(argv: Sequence[str], is_own_process: bool) -> int:
         sys.stdout.flush()
         return 0
     try:
-        arguments = parser.parse_args(argv)
+        arguments, unknown = parser.parse_known_args(argv)
+        if unknown:
+            command = command_parsers[arguments.command]
+            command.error(f"unrecognized arguments: {' '.join(unknown)}{_suggested_option(command, unknown)}")
     finally:
         # Raises if --help is written to a closed pipe
         sys.stdout.flush()
@@ -162,6 +169,17 @@ def _parse_and_run(argv: Sequence[str], is_own_process: bool) -> int:
             f"the model ended the program ({error_type_and_first_line(stop)}); remove its sys.exit"
         ) from stop
     return code
+
+
+def _suggested_option(command: argparse.ArgumentParser, words: Sequence[str]) -> str:
+    """Return what to add to an error about unknown words: the option that the first one was meant to be, if any."""
+    known = sorted(set(re.findall(r"--[a-z][a-z0-9-]+", command.format_help())))
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return (
+        "".join(f"; did you mean {other}?" for other in difflib.get_close_matches(options[0], known, 1))
+        if options
+        else ""
+    )
 
 
 if __name__ == "__main__":

@@ -462,3 +462,20 @@ def test_an_option_that_is_abbreviated_is_an_error(refused):
         ("generate", "--chat-"),
     ):
         assert abbreviation in refused(command, "lora", abbreviation, "1")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["fit", "model", "--epoch", "2"], "lowmem fit: unrecognized arguments: --epoch 2; did you mean --epochs?"),
+        (["fit", "model", "--epoch=2"], "lowmem fit: unrecognized arguments: --epoch=2; did you mean --epochs?"),
+        (["info", "more"], "lowmem info: unrecognized arguments: more"),
+        (["info", "--zzz"], "lowmem info: unrecognized arguments: --zzz"),
+    ],
+)
+def test_an_unknown_option_is_told_with_the_nearest_one_of_its_command(words, expected, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    command = " ".join(expected.split()[:2]).rstrip(":")
+    assert capsys.readouterr().err == f"{expected} (see {command} --help)\n"

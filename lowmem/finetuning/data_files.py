@@ -206,13 +206,14 @@ def _read_hub_data_set(name: str) -> DataFile:
     except ImportError as reason:
         needed = "a data set of the Hub needs the package datasets"
         raise ImportError(f"{name!r}: {needed}: {install_command('data')}") from reason
-    repository, split, config = (*name.split(":"), *[None] * 2)[:3]
+    repository, _, rest = name.partition(":")
+    split, _, config = rest.partition(":")
     refusal, is_offline = _hub_refusal_or_none(repository), settings.HF_HUB_OFFLINE
     try:
         # Otherwise the Hub is asked for half a minute before the cache is
         settings.HF_HUB_OFFLINE = is_offline or refusal is not None
         items = load_dataset(
-            repository, config, split=split or "train", download_config=DownloadConfig(max_retries=1)
+            repository, config or None, split=split or "train", download_config=DownloadConfig(max_retries=1)
         ).to_list()
     # Of huggingface_hub's error, one base is that of the HTTP library, which depends on the version
     except (DatasetsError, *HfHubHTTPError.__bases__, ValueError, RuntimeError) as reason:
@@ -222,7 +223,7 @@ def _read_hub_data_set(name: str) -> DataFile:
             raise cause from None
         why = f"and the Hub's data set cannot be loaded: {error_type_and_first_line(cause)}"
         if refusal is not None and isinstance(cause, ConnectionError):
-            names = repr(repository) if config is None else f"{repository!r}, {config!r}"
+            names = f"{repository!r}, {config!r}" if config else repr(repository)
             why = (
                 f"the cache {quoted_path(settings.HF_DATASETS_CACHE)} lacks it, and {refusal}; "
                 f'`python -c "from datasets import load_dataset; load_dataset({names})"` fetches it'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,8 @@ def set_compute_dtype(model: nn.Module, compute: str) -> None:
     Raises:
         ValueError: there is no such layer.
     """
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_output: Any = getattr(model, "get_output_embeddings", None)
+    output = None if find_output is None else find_output()
     layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear) and layer is not output]
     if not layers:
         raise ValueError(

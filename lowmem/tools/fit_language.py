@@ -54,7 +54,7 @@ from lowmem.tools.fit_result import (
     write_checkpoint,
 )
 from lowmem.tools.fit_samples import evenly_spaced_steps, generate_answers, prompts_digest
-from lowmem.tools.fit_settings import STATE_FACT, options_of_run
+from lowmem.tools.fit_settings import FEW_STEPS, STATE_FACT, options_of_run
 from lowmem.tools.fit_show import print_examples
 from lowmem.tools.output import (
     escaped_and_truncated,
@@ -155,6 +155,8 @@ def _run_training_job(arguments: argparse.Namespace, job: FineTuningJob, ranks: 
     # Errors that come before the first result are one line
     settings = options_as_text(options_of_run(job.run_identity_dict(), job.is_dense))
     opening = [job.data.description(), f"settings: {printable_line(settings, 2000)}", job.gguf.description()]
+    if job.save_path is None:
+        opening.append("nothing will be saved: --save OUT keeps the adapter")
 
     def print_lines(*lines: str) -> None:
         for line in (*opening, *lines):
@@ -254,6 +256,12 @@ class _LanguageModelTraining:
             self._answer_samples(0)
         saved_facts |= {"answers": dict(self.answers), "prompts": prompts, STATE_FACT: job.options_for_state}
         self._rows = self._rows_from_texts(job.texts)
+        steps = -(-len(self._rows) // job.run_identity_dict()["rows_of_a_step"])
+        if job.settings.steps is None and job.settings.epochs is None and job.data.beta is None and steps < FEW_STEPS:
+            print_line(
+                f"one pass over these texts is {steps} step{'s' * (steps != 1)}, which hardly teaches facts: "
+                "--epochs 10 --lr 1e-3 --batch-size 4 --accumulate 1 taught 27 of 30 to SmolLM2-135M"
+            )
         if job.data.beta is None and not self._rows.calling.isolates_texts and len(job.texts.examples) > 1:
             rows = job.run_identity_dict()["rows_of_a_step"]
             print_line(

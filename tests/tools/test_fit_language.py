@@ -66,6 +66,18 @@ def test_an_adapter_that_lowmem_and_peft_load(data, place, capsys):
         torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_run_says_what_it_will_not_do(place, capsys):
+    """Nothing is saved without --save, and one pass over few texts hardly teaches facts."""
+    few, unsaved = "which hardly teaches facts: --epochs 10", "nothing will be saved: --save OUT keeps the adapter"
+    found, told = fit(capsys, "--batch-size", "1000")
+    assert found["steps"] == 1
+    assert "one pass over these texts is 1 step, " + few in told
+    assert unsaved in told
+    _, told = fit(capsys, "--epochs", "1", "--batch-size", "1000", "--save", "out")
+    assert few not in told
+    assert unsaved not in told
+
+
 def test_alpha_dropout_and_targets_are_those_of_the_adapter(place, capsys, refused):
     options = ["--alpha", "7", "--dropout", "0.25", "--target", "q_proj", "*.1.mlp.up_proj"]
     fit(capsys, "--steps", "1", "--save", "out", *options)
