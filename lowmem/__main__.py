@@ -135,7 +135,7 @@ def _parse_and_run(argv: Sequence[str], is_own_process: bool) -> int:
     )
     parser.add_argument("--version", action="version", version=f"lowmem {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    command_parsers: dict[str, argparse.ArgumentParser] = {}
+    command_parsers: dict[str, _OneLineErrorParser] = {}
     for name, summary in COMMANDS.items():
         # A new option would make abbreviations of others ambiguous
         command = commands.add_parser(
