@@ -153,7 +153,11 @@ def _run_training_job(arguments: argparse.Namespace, job: FineTuningJob, ranks: 
         remove_later_checkpoints(job.save_path, saved.step if saved else 0)
     out = sys.stderr if arguments.json else sys.stdout
     # Errors that come before the first result are one line
-    settings = options_as_text(options_of_run(job.run_identity_dict(), job.is_dense))
+    options = options_of_run(job.run_identity_dict(), job.is_dense)
+    if arguments.chat_template is None:
+        # What a run that goes on takes where it has no prompts without a template; conversations have theirs
+        options.pop("chat_template", None)
+    settings = options_as_text(options)
     opening = [job.data.description(), f"settings: {printable_line(settings, 2000)}", job.gguf.description()]
     if job.save_path is None:
         opening.append("nothing will be saved: --save OUT keeps the adapter")

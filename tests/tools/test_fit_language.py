@@ -73,6 +73,7 @@ def test_a_run_says_what_it_will_not_do(place, capsys):
     assert found["steps"] == 1
     assert "one pass over these texts is 1 step, " + few in told
     assert unsaved in told
+    assert "--chat-template" not in told  # of a text
     _, told = fit(capsys, "--epochs", "1", "--batch-size", "1000", "--save", "out")
     assert few not in told
     assert unsaved not in told
