@@ -7,14 +7,17 @@ text is laid out depends on the fonts of the machine that drew it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
 import torch
+import vl_convert
 
 import lowmem
+from benchmarks import fits
 from lowmem.io.filesystem import write_atomically
 from lowmem.report import charts, theme
 from lowmem.report.footprint import measure_footprint
@@ -63,6 +66,8 @@ STEPS = (  # the name of a bar, the variant, the optimizer, and what prepare_tra
     ("QLoRA, AdamW8bit, lean", "qlora_4bit", "adamw8bit", "lean"),
 )
 PICTURES = {"memory": memory, "speed": speed, "training": training}
+PREVIEW = IMAGES / "preview.png"  # of links to the site
+PREVIEW_SIZE = (1200, 630)  # pixels, as programs that show previews expect
 
 
 def data_of(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,6 +83,24 @@ def standalone(drawing: charts.ChartSvgsAndSpec, colours: Any) -> str:
     return f"{svg[:start]}<metadata>{spec}</metadata>{svg[start:]}\n"
 
 
+def preview() -> str:
+    """Return the picture of previews as SVG: the name, what it is for, and the picture of sizes."""
+    width, height = PREVIEW_SIZE
+    picture = theme.svg_with_theme_colors(fits.draw(), theme.LIGHT)
+    placed = picture.replace("<svg ", f'<svg x="{width - 700}" y="20" ', 1)
+    placed = re.sub(r'width="\d+" height="\d+">', f'width="680" height="{height - 40}">', placed, count=1)
+    ink, words = theme.LIGHT["ink"], ("Train and run", "language models", "in the memory", "that you have")
+    said = "".join(
+        f'<text x="50" y="{270 + 56 * number}" style="font: 44px sans-serif; fill: {ink}">{line}</text>'
+        for number, line in enumerate(words)
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        f'<rect width="100%" height="100%" fill="{theme.LIGHT["page"]}"/>'
+        f'<text x="50" y="170" style="font: bold 84px sans-serif; fill: {ink}">lowmem</text>{said}{placed}</svg>'
+    )
+
+
 def main() -> None:
     torch.set_num_threads(THREADS)
     IMAGES.mkdir(parents=True, exist_ok=True)
@@ -87,6 +110,12 @@ def main() -> None:
             path = IMAGES / f"{name}-{mode}.svg"
             write_atomically(path, standalone(drawing, colours).encode())
             print(path.relative_to(ROOT))
+    for mode, colours in THEMES.items():
+        path = IMAGES / f"sizes-{mode}.svg"
+        write_atomically(path, theme.svg_with_theme_colors(fits.draw(), colours).encode())
+        print(path.relative_to(ROOT))
+    write_atomically(PREVIEW, vl_convert.svg_to_png(preview()))
+    print(PREVIEW.relative_to(ROOT))
 
 
 if __name__ == "__main__":

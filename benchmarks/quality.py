@@ -1,4 +1,6 @@
-"""``python -m benchmarks.quality``: README.md's table of what ways to store two trained models lose, and their speed.
+"""``python -m benchmarks.quality``: what ways to store two trained models lose, and their speed.
+
+The table is in docs/guides/results-and-quality.md, and three of its rows are in README.md.
 
 Nothing is calibrated. Paragraphs of Python's manual judge.
 

@@ -1,6 +1,9 @@
-"""Llama models of 1, 3 and 8 billion weights: memory and time to store, train and run them, each in a fresh process.
+"""Llama models of 0.6 to 8 billion weights: memory and time to store, train and run them, each in a fresh process.
 
     python -m benchmarks.sizes 1b 3b 8b               makes stored models with random codes, and measures them
+    python -m benchmarks.sizes 1b 3b 8b --save        and adds the figures to benchmarks/sizes.json, of which the
+                                                      README's table and picture are made (benchmarks/fits.py)
+    python -m benchmarks.sizes 1b 3b 8b --jobs plan   predicts, and measures nothing
     python -m benchmarks.sizes 8b --jobs quantize     writes 16 GB of dense weights first, which it stores
     python -m benchmarks.sizes 1b --jobs peft llama.cpp    the peers, where they fit
 
@@ -34,20 +37,29 @@ from benchmarks.resident import _status, printed_json
 from lowmem.__main__ import main as run_lowmem
 from lowmem.tools.info import environment_info
 
-NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+NAMES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
+    *("head_dim", "vocab_size"),
+)
 SHAPES = {
-    "1b": (2048, 16, 32, 8, 8192),
-    "3b": (3072, 28, 24, 8, 8192),
-    "8b": (4096, 32, 32, 8, 14336),
-    "tiny": (128, 2, 2, 1, 256),
+    "0.6b": (1024, 28, 16, 8, 3072, 128, 151936),
+    "1b": (2048, 16, 32, 8, 8192, 64, 128256),
+    "3b": (3072, 28, 24, 8, 8192, 128, 128256),
+    "8b": (4096, 32, 32, 8, 14336, 128, 128256),
+    "tiny": (128, 2, 2, 1, 256, 64, 512),
 }
-"""Those of Llama 3.2 and 3.1, whose ends share a weight up to 3 billion."""
-VOCABULARY = 128256
+"""Those of Qwen 3 (0.6), and of Llama 3.2 and 3.1, whose ends share a weight up to 3 billion."""
+STORED = Path(__file__).with_suffix(".json")  # what --save wrote
 LENGTHS, MODES, STEPS = (256, 1024), ("fast", "lean"), 3
 PROMPT, TOKENS = 256, 32
-JOBS = ("train", "run", "quantize", "peft", "llama.cpp")
+JOBS = ("plan", "train", "run", "quantize", "peft", "llama.cpp")
 TECHNIQUES = {"stored": lowmem.FourBit(), "gguf": lowmem.FourBit("iq4_nl", embeddings="q8_0")}
 SMALL_RANK = 16
+DENSE: dict[str, tuple[Any, ...]] = {
+    "all weights": (),
+    "LoRA on bfloat16": (lowmem.Half(torch.bfloat16), lowmem.LoRA(SMALL_RANK)),
+}
+"""What is planned beside lowmem's 4 bits: AdamW of all weights in float32, and LoRA."""
 
 
 def config_of(shape: str) -> Any:
@@ -55,7 +67,6 @@ def config_of(shape: str) -> Any:
 
     return LlamaConfig(
         **dict(zip(NAMES, SHAPES[shape], strict=True)),
-        vocab_size=512 if shape == "tiny" else VOCABULARY,
         tie_word_embeddings=shape != "8b",
         max_position_embeddings=2048,
         bos_token_id=None,
@@ -246,52 +257,93 @@ def gib(count: float) -> str:
     return f"{count / 2**30:.2f}"
 
 
-def rows_of(shape: str, jobs: list[str], folder: Path) -> list[list[str]]:
-    """Measure a size, and return its rows of the table."""
+def figures_of(shape: str, jobs: list[str], folder: Path, lengths: list[int]) -> dict[str, dict[str, float]]:
+    """Measure a size; return its figures by what was done, in bytes, seconds and tokens a second."""
     folder.mkdir(exist_ok=True)
     (folder / "text.txt").write_text("some words " * 4 * max(LENGTHS))
-    rows: list[list[str]] = []
-    needed = {"stored": {"train", "run"}, "gguf": {"llama.cpp"}}
+    figures: dict[str, dict[str, float]] = {}
+    needed = {"stored": {"plan", "train", "run"}, "gguf": {"llama.cpp"}}
     for name, technique in TECHNIQUES.items():
         if needed[name] & {*jobs} and not (folder / name).exists():
             write_stored_model(folder / name, shape, technique)
     if {"quantize", "peft"} & {*jobs} and not (folder / "dense").exists():
         write_dense_model(folder / "dense", shape)
     if "quantize" in jobs:
-        found = measured_apart(folder, "quantize")
-        rows.append([shape, "quantize", "", gib(found["peak"]), f"{found['seconds']:.0f} s"])
-    for length in LENGTHS if "train" in jobs else ():
+        figures["quantize"] = measured_apart(folder, "quantize")
+    if "plan" in jobs:
+        for name, techniques in DENSE.items():
+            for length in lengths:
+                planned = planned_training_bytes(shape, techniques, length)
+                figures[f"train {length} tokens, {name}"] = {"planned": planned}
+    for length in lengths if {"plan", "train"} & {*jobs} else ():
         for memory in MODES:
-            planned = measured_apart(folder, "dry run", str(length), memory)["planned"]
-            found = measured_apart(folder, "fit", str(length), memory)
-            what = f"train {length} tokens, {memory}"
-            rows.append([shape, what, gib(planned), gib(found["peak"]), f"{found['step']:.1f} s a step"])
-    for length in LENGTHS if "peft" in jobs else ():
-        found = measured_apart(folder, "peft", str(length))
-        what = f"train {length} tokens, PEFT with bitsandbytes"
-        rows.append([shape, what, "", gib(found["peak"]), f"{found['step']:.1f} s a step"])
-    if "run" in jobs:
-        with torch.device("meta"):
-            planned = planned_inference_bytes(shape)
-        found = measured_apart(folder, "generate")
-        speeds = f"{found['prefill']:.0f} and {found['decode']:.1f} tokens/s, opened in {found['open']:.0f} s"
-        rows.append([shape, "run", gib(planned), gib(found["peak"]), speeds])
+            found = measured_apart(folder, "dry run", str(length), memory)
+            found = {"planned": found["planned"]}
+            if "train" in jobs:
+                found |= measured_apart(folder, "fit", str(length), memory)
+            figures[f"train {length} tokens, {memory}"] = found
+    for length in lengths if "peft" in jobs else ():
+        figures[f"train {length} tokens, PEFT with bitsandbytes"] = measured_apart(folder, "peft", str(length))
+    if {"plan", "run"} & {*jobs}:
+        figures["run"] = {"planned": planned_inference_bytes(shape)}
+        if "run" in jobs:
+            figures["run"] |= measured_apart(folder, "generate")
     if "llama.cpp" in jobs:
         if not (folder / "model.gguf").exists():
             lowmem.export(folder / "gguf", folder / "model.gguf")
-        found = measured_apart(folder, "llama.cpp")
-        speeds = f"{found['prefill']:.0f} and {found['decode']:.1f} tokens/s"
-        rows.append([shape, "run, llama.cpp", "", gib(found["peak"]), speeds])
-    return rows
+        figures["run, llama.cpp"] = measured_apart(folder, "llama.cpp")
+    return figures
+
+
+def row_of(shape: str, what: str, found: dict[str, float]) -> str:
+    """Return a line of the table."""
+    times = [
+        f"{found[name]:{form}} {unit}"
+        for name, form, unit in (
+            ("step", ".1f", "s a step"),
+            ("prefill", ".0f", "tokens/s read"),
+            ("decode", ".1f", "tokens/s written"),
+            ("open", ".0f", "s to open"),
+        )
+        if name in found
+    ]
+    if what == "quantize":
+        times = [f"{found['seconds']:.0f} s"]
+    sizes = [gib(found[name]) if name in found else "" for name in ("planned", "peak")]
+    return f"| {' | '.join((shape, what, *sizes, ', '.join(times)))} |"
+
+
+def save(machine: str, shape: str, figures: dict[str, dict[str, float]]) -> None:
+    """Add figures to the stored ones: predictions, and what was measured on a machine."""
+    stored = json.loads(STORED.read_text()) if STORED.exists() else {"planned": {}, "measured": {}}
+    for what, found in figures.items():
+        measured = {name: round(figure, 2) for name, figure in found.items() if name != "planned"}
+        if "planned" in found:
+            stored["planned"].setdefault(shape, {})[what] = int(found["planned"])
+        if measured:
+            stored["measured"].setdefault(machine, {}).setdefault(shape, {})[what] = measured
+    STORED.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+
+
+def planned_training_bytes(shape: str, techniques: tuple[Any, ...], length: int) -> int:
+    """Return what ``plan`` says of a step of AdamW on one row of ``length`` tokens."""
+    from transformers import AutoModelForCausalLM
+
+    make = lambda: AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.float32)  # noqa: E731
+    with torch.device("meta"):
+        tokens = torch.zeros(1, length, dtype=torch.int64)
+        batch = {"input_ids": tokens, "labels": tokens}
+        return lowmem.plan(make, *techniques, batch=batch, loss=lambda output: output.loss).training_bytes
 
 
 def planned_inference_bytes(shape: str) -> int:
     """Return what ``plan`` says of a prompt and its answer."""
     from transformers import AutoModelForCausalLM
 
-    batch = torch.zeros(1, PROMPT, dtype=torch.int64, device="meta")
     make = lambda: AutoModelForCausalLM.from_config(config_of(shape))  # noqa: E731
-    planned = lowmem.plan(make, lowmem.FourBit(), batch=batch, training=None, tokens=PROMPT + TOKENS)
+    with torch.device("meta"):
+        batch = torch.zeros(1, PROMPT, dtype=torch.int64)
+        planned = lowmem.plan(make, lowmem.FourBit(), batch=batch, training=None, tokens=PROMPT + TOKENS)
     return planned.inference_bytes
 
 
@@ -300,6 +352,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("shapes", nargs="*", metavar="SIZE", help=f"some of {', '.join(SHAPES)}")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=["train", "run"], help="default: train run")
     parser.add_argument("--folder", type=Path, help="where models lie, or are written; default: a temporary one")
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="tokens of a row; default: 256 1024")
+    parser.add_argument("--save", action="store_true", help=f"add the figures to {STORED.name}")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.measure:
@@ -308,12 +362,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if not given.shapes or not {*given.shapes} <= {*SHAPES}:
         parser.error(f"{' '.join(given.shapes) or 'nothing'} is not of {', '.join(SHAPES)}: name sizes of them")
+    machine = f"{environment_info()['cpu']}, {torch.get_num_threads()} threads, {lowmem.backend().partition(':')[0]}"
+    rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.folder or Path(temporary)
-        rows = [row for shape in given.shapes for row in rows_of(shape, given.jobs, folder / shape)]
-    print(f"{environment_info()['cpu']}, {torch.get_num_threads()} threads, {lowmem.backend().partition(':')[0]}\n")
-    print("| Weights | What | Predicted GiB | Peak GiB | Time |\n| :-- | :-- | --: | --: | :-- |")
-    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        for shape in given.shapes:
+            figures = figures_of(shape, given.jobs, (given.folder or Path(temporary)) / shape, given.lengths)
+            rows += [row_of(shape, what, found) for what, found in figures.items()]
+            if given.save:
+                save(machine, shape, figures)
+    print(f"{machine}\n\n| Weights | What | Predicted GiB | Peak GiB | Time |\n| :-- | :-- | --: | --: | :-- |")
+    print("\n".join(rows))
     return 0
 
 

@@ -28,6 +28,8 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_show_copyright = html_show_sourcelink = html_copy_source = False
 templates_path = ["templates"]
+PREVIEW = "preview.png"  # benchmarks/pictures.py draws it
+html_extra_path = [f"images/{PREVIEW}"]
 
 myst_heading_anchors = 3  # as GitHub's
 highlight_language = "text"  # of indented blocks: commands and equations
@@ -93,9 +95,10 @@ def describe(app, pagename, templatename, context, doctree):
     if doctree is None:
         return
     title = re.sub("<.*?>", "", context["title"])
-    described = {"name": {"description": description_of(doctree)}}
+    picture = html_baseurl.rstrip("/") + f"/{PREVIEW}" if html_baseurl else context["pathto"](PREVIEW, resource=True)
+    described = {"name": {"description": description_of(doctree), "twitter:card": "summary_large_image"}}
     described["property"] = {"og:title": title, "og:description": description_of(doctree), "og:type": "website"}
-    described["property"]["og:site_name"] = project
+    described["property"] |= {"og:site_name": project, "og:image": picture}
     context["metatags"] = context.get("metatags", "") + "".join(
         f'<meta {kind}="{name}" content="{escape(html.unescape(content))}">\n'
         for kind, contents in described.items()

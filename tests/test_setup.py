@@ -197,7 +197,7 @@ def test_what_is_built_says_where_the_project_is_once_that_is_known(tree):
     assert built(tree, CC="no-such-compiler")[0] == 0
     known, tag = metadata(wheel), f"v{__version__}"
     assert "Project-URL: Source, https://example.org/lowmem\n" in known
-    assert f'src="https://example.org/lowmem/raw/{tag}/docs/images/memory-light.svg"' in known
+    assert f'src="https://example.org/lowmem/raw/{tag}/docs/images/sizes-light.svg"' in known
     assert f"(https://example.org/lowmem/blob/{tag}/docs/kernels.md#on-a-gpu)" in known
     release = run_path(ROOT / ".ci/release.py")
     (tree / "docs").symlink_to(ROOT / "docs")

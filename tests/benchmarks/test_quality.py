@@ -1,7 +1,8 @@
-"""What the table of the front page says: the choices, their bits, and how it is computed what a model loses."""
+"""What the table of the formats says: the choices, their bits, and how it is computed what a model loses."""
 
 import copy
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from lowmem import EightBit, FourBit, convert, measure
 from lowmem.quant.tensor import QuantizedTensor
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "guides" / "results-and-quality.md"
 # of each block of SmolLM2: queries, keys, values, output; gate, up, down
 LINEAR = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 BLOCKS, EMBEDDINGS, NORMS = 30, (49152, 576), 61 * 576
@@ -31,7 +33,7 @@ class Language(nn.Module):
 
 
 def table() -> list[str]:
-    text = (ROOT / "README.md").read_text(encoding="utf8")
+    text = PAGE.read_text(encoding="utf8")
     return text.partition("<!-- python -m benchmarks.quality -->\n")[2].partition("<!-- end -->")[0].splitlines()
 
 
@@ -40,7 +42,8 @@ def test_the_table_has_the_choices_their_bits_and_the_language_model_s_size():
     weights = sum(rows * columns for rows, columns in LINEAR)
     dense = 4 * (BLOCKS * weights + EMBEDDINGS[0] * EMBEDDINGS[1] + NORMS)
     assert lines[:3] == quality.table([quality.dense_row(dense)])
-    assert f"{dense / 2**21:.2f} MiB in bfloat16" in (ROOT / "README.md").read_text(encoding="utf8")
+    for page in (PAGE, ROOT / "README.md"):
+        assert f"{dense / 2**21:.2f} MiB in bfloat16" in page.read_text(encoding="utf8")
     assert len(lines[3:]) == len(quality.CHOICES) == 5
     for line, (name, (technique, when)) in zip(lines[3:], quality.CHOICES.items(), strict=True):
         code, bits, mib, *figures, said = (cell.strip() for cell in line.strip("|").split("|"))
@@ -51,6 +54,18 @@ def test_the_table_has_the_choices_their_bits_and_the_language_model_s_size():
         assert (code, said) == (f"`{name}`", when)
         assert all(math.isfinite(float(figure)) for figure in figures)
         assert eval(name, vars(quality)) == technique
+
+
+def test_the_readme_has_three_rows_of_the_table():
+    found = {}
+    for line in table()[2:]:
+        code, bits, mib, _, *figures = (cell.strip() for cell in line.strip("|").split("|"))
+        found[code] = [bits, mib, *figures[:2]]
+    text = (ROOT / "README.md").read_text(encoding="utf8").partition("## What 4 bits lose")[2]
+    rows = [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\| (`.*) \|$", text, re.MULTILINE)]
+    assert [row[0] for row in rows] == ['`FourBit("nf4")`', "`FourBit()`", "`EightBit()`"]
+    assert all(found[code] == figures for code, *figures in rows)
+    assert "grid of 4 bits (Q4_1)" in text  # on which the dense model lies
 
 
 def test_losses_are_the_divergence_and_the_perplexity_of_the_next_token():

@@ -1,8 +1,12 @@
 """The benchmark of sizes: its models are what transformers and lowmem read, and its table says what was measured."""
 
+import json
+import re
+
 import pytest
 import torch
 
+import lowmem
 from benchmarks import sizes
 from tests.benchmarks.test_resident import needs_high_water
 
@@ -11,7 +15,6 @@ pytest.importorskip("transformers")
 
 @pytest.fixture
 def few_cells(monkeypatch):
-    monkeypatch.setattr(sizes, "LENGTHS", (64,))
     monkeypatch.setattr(sizes, "MODES", ("fast",))
 
 
@@ -53,15 +56,34 @@ def test_a_dense_model_is_read_by_transformers(tmp_path):
 
 @needs_high_water
 def test_each_row_has_the_figures_of_its_run(tmp_path, in_this_process):
-    rows = sizes.rows_of("tiny", ["train", "run", "quantize"], tmp_path / "tiny")
-    assert [row[1] for row in rows] == ["quantize", "train 64 tokens, fast", "run"]
-    for _, what, planned, peak, _ in rows:
+    figures = sizes.figures_of("tiny", ["train", "run", "quantize"], tmp_path / "tiny", [64])
+    assert [*figures] == ["quantize", "train 64 tokens, fast", "run"]
+    for name, found in figures.items():
+        _, shape, what, planned, peak, times, _ = map(str.strip, sizes.row_of("tiny", name, found).split("|"))
+        assert (shape, what) == ("tiny", name)
         assert (planned == "") == (what == "quantize")
         assert float(peak) > 0.05
+        assert re.search(r"\d", times)
+
+
+@needs_high_water
+def test_predictions_alone_measure_nothing_and_are_saved(tmp_path, in_this_process, monkeypatch):
+    figures = sizes.figures_of("tiny", ["plan"], tmp_path / "tiny", [64])
+    dense = {f"train 64 tokens, {name}" for name in sizes.DENSE}
+    assert {*figures} == {*dense, "train 64 tokens, fast", "run"}
+    assert all({*found} == {"planned"} for found in figures.values())
+    weights = lowmem.measure.theoretical_bytes(sizes.one_layer_model("tiny"))
+    assert figures["train 64 tokens, all weights"]["planned"] > 4 * weights  # of float32, with gradients and moments
+    monkeypatch.setattr(sizes, "STORED", tmp_path / "sizes.json")
+    sizes.save("a machine", "tiny", figures)
+    sizes.save("a machine", "tiny", {"run": {"planned": 7.0, "decode": 1.234}})
+    stored = json.loads(sizes.STORED.read_text())
+    assert stored["planned"]["tiny"] == {name: int(found["planned"]) for name, found in figures.items()} | {"run": 7}
+    assert stored["measured"] == {"a machine": {"tiny": {"run": {"decode": 1.23}}}}
 
 
 def test_unknown_sizes_are_refused(capsys):
     for given in (["2b"], []):
         with pytest.raises(SystemExit):
             sizes.main(given)
-        assert "is not of 1b, 3b, 8b, tiny" in capsys.readouterr().err
+        assert "is not of 0.6b, 1b, 3b, 8b, tiny" in capsys.readouterr().err

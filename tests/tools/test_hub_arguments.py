@@ -15,7 +15,8 @@ import pytest
 from lowmem.__main__ import main
 from lowmem.io.hub_names import HubName
 from lowmem.tools.hub_arguments import fetch_model, parse_model_path
-from tests.test_readme import ON_YOUR_DATA
+from tests.test_guides import write_chat_model
+from tests.test_readme import ON_YOUR_DATA, ROOT
 
 FIT = ["--data", "text.txt", "--length", "48", "--steps", "2", "--lr", "0.01"]
 
@@ -241,11 +242,15 @@ def test_a_model_of_the_hub_is_served_under_its_name(hub, place, monkeypatch):
 
 
 def test_the_commands_of_the_readme_run(hub, place, capsys, monkeypatch):
-    hub.add("HuggingFaceTB/SmolLM2-135M-Instruct", place / "offered")
-    Path("qa.csv").write_text("question,answer\n" + "".join(f"after {n}?,{n + 1}\n" for n in range(20)))
-    monkeypatch.setattr("sys.stdin", StringIO("after 1?\n"))
-    assert [line.split()[1] for line in ON_YOUR_DATA] == ["fit", "generate"]
+    pytest.importorskip("gguf", reason="export --for ollama needs gguf: tox -e notebook")
+    write_chat_model(place / "chat")
+    hub.add("HuggingFaceTB/SmolLM2-135M-Instruct", place / "chat")
+    Path("examples").symlink_to(ROOT / "examples")
+    assert [line.split()[1] for line in ON_YOUR_DATA] == ["fit", "fit", "generate", "export"]
     for line in ON_YOUR_DATA:
+        monkeypatch.setattr("sys.stdin", StringIO("Do I need a GPU?\n"))
         assert main(shlex.split(line)[1:]) == 0
-    kinds = "data: qa.csv: 20 prompt and completion in the chat template; up to 64 tokens in a row"
-    assert capsys.readouterr().out.startswith(kinds)
+    kinds = "data: examples/questions.csv: 54 prompt and completion in the chat template"
+    printed = capsys.readouterr().out
+    assert kinds in printed
+    assert printed.endswith("ollama create helper -f helper.Modelfile\nollama run helper\n")
