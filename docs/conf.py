@@ -32,6 +32,7 @@ PREVIEW = "preview.png"  # benchmarks/pictures.py draws it
 html_extra_path = [f"images/{PREVIEW}"]
 
 myst_heading_anchors = 3  # as GitHub's
+smartquotes = False  # which make a dash of --option
 highlight_language = "text"  # of indented blocks: commands and equations
 
 autodoc_member_order = "bysource"

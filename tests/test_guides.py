@@ -16,6 +16,7 @@ import torch
 
 import lowmem
 from lowmem.__main__ import main
+from lowmem.tools import COMMANDS
 from tests.formats.smollm2 import smollm2
 from tests.test_readme import GATES, ROOT, TABLES, TEXTS
 
@@ -129,6 +130,16 @@ def write_chat_model(folder: Path) -> None:
     write_tokenizer(write(folder, "llama", torch.bfloat16))
     change_config(folder, max_position_embeddings=2048)
     (folder / "chat_template.jinja").write_text(CHATML)
+
+
+def test_the_page_for_operators_says_of_each_command_what_it_writes():
+    table = TEXTS["docs/guides/operators.md"].partition("| Command | Writes |")[2].partition("\n\n")[0]
+    named = [
+        name
+        for row in table.splitlines()
+        for name in re.findall(r"`([a-z]+)", row.partition("|")[2].partition("|")[0])
+    ]
+    assert set(named) == set(COMMANDS)
 
 
 @pytest.mark.filterwarnings("ignore")  # as in a user's process, which shows them once
