@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
-import re
 import signal
 import sys
 import threading
@@ -135,13 +133,11 @@ def _parse_and_run(argv: Sequence[str], is_own_process: bool) -> int:
     )
     parser.add_argument("--version", action="version", version=f"lowmem {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    command_parsers: dict[str, _OneLineErrorParser] = {}
     for name, summary in COMMANDS.items():
         # A new option would make abbreviations of others ambiguous
         command = commands.add_parser(
             name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
         )
-        command_parsers[name] = command
         command.add_argument("--debug", action="store_true", help="print the traceback of an error before its line")
         if name in argv[:1]:
             import_module(f"lowmem.tools.{name}").add_arguments(command)
@@ -152,7 +148,7 @@ def _parse_and_run(argv: Sequence[str], is_own_process: bool) -> int:
     try:
         arguments, unknown = parser.parse_known_args(argv)
         if unknown:
-            command = command_parsers[arguments.command]
+            command = commands.choices[arguments.command]
             command.error(f"unrecognized arguments: {' '.join(unknown)}{_suggested_option(command, unknown)}")
     finally:
         # Raises if --help is written to a closed pipe
@@ -173,13 +169,12 @@ def _parse_and_run(argv: Sequence[str], is_own_process: bool) -> int:
 
 def _suggested_option(command: argparse.ArgumentParser, words: Sequence[str]) -> str:
     """Return what to add to an error about unknown words: the option that the first one was meant to be, if any."""
-    known = sorted(set(re.findall(r"--[a-z][a-z0-9-]+", command.format_help())))
-    options = [word.partition("=")[0] for word in words if word.startswith("--")]
-    return (
-        "".join(f"; did you mean {other}?" for other in difflib.get_close_matches(options[0], known, 1))
-        if options
-        else ""
-    )
+    # With torch, which --help and --version do without
+    from lowmem.tools.arguments import long_options, nearest_option_or_none
+
+    options = (word.partition("=")[0] for word in words if word.startswith("--"))
+    nearest = nearest_option_or_none(next(options, ""), long_options(command))
+    return "" if nearest is None else f"; did you mean {nearest}?"
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,16 @@ from lowmem.transforms.module_registry import Technique
 DEVICES = ("cpu", "cuda")
 DEFAULT_RANK = 16  # of adapters of language models, unless another is given
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def long_options(parser: argparse.ArgumentParser) -> set[str]:
+    """Return the options of a parser, as ``--epochs``."""
+    return set(re.findall(r"--[a-z][a-z0-9-]+", parser.format_help()))
+
+
+def nearest_option_or_none(word: str, options: Iterable[str]) -> str | None:
+    """Return the option that a misspelled one was meant to be, by its letters."""
+    return next(iter(difflib.get_close_matches(word, sorted(options), 1)), None)
 
 
 def add_random_input_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
-import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any, NoReturn
 
 from lowmem.errors import error_type_and_first_line, file_error, short_repr
 from lowmem.io.filesystem import read_text_and_sha256
-from lowmem.tools.arguments import option_string
+from lowmem.tools.arguments import long_options, nearest_option_or_none, option_string
 from lowmem.tools.fit_settings import options_of_run, run_of_record, set_options_not_given
 from lowmem.version import install_command
 
@@ -106,7 +104,7 @@ def _parse_options(
     """
     parser = _RaisingParser(add_help=False, allow_abbrev=False)
     add_arguments(parser)
-    known = set(re.findall(r"--[a-z][a-z0-9-]+", parser.format_help())) - {"--config", "--json"}
+    known = long_options(parser) - {"--config", "--json"}
     defaults = vars(parser.parse_args(["MODEL"]))
     words: list[str] = []
     names: dict[str, str] = {}
@@ -114,8 +112,8 @@ def _parse_options(
         option_words = words_of_option(name, value)
         option = option_words[0].partition("=")[0]
         if option not in known:
-            nearest = difflib.get_close_matches(option, sorted(known), 1)
-            raise ValueError(f"{name} is no option" + "".join(f": did you mean {other[2:]}?" for other in nearest))
+            nearest = nearest_option_or_none(option, known)
+            raise ValueError(f"{name} is no option" + ("" if nearest is None else f": did you mean {nearest[2:]}?"))
         parsed, rest = parser.parse_known_args(["MODEL", *option_words])
         if rest:
             raise ValueError(f"{name} takes one value, and not {short_repr(value)}")
