@@ -21,8 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowmem.quant.backend import Activation, SigmoidPolynomial, SquaredReLU, backend_of
-from lowmem.quant.tensor import device_scratch_bytes
+from lowmem.quant.backend import Activation, SigmoidPolynomial, SquaredReLU, chunk_length
 
 ACTIVATIONS: dict[str, Activation] = {
     "SiLU": SigmoidPolynomial((1.0,)),
@@ -130,9 +129,8 @@ def entropies(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool)
     """
     losses = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
     spread = smoothing / logits.shape[1]
-    rows = _ROWS
-    if backend_of(logits).is_asynchronous:  # a probability is float32, and so is its temporary copy
-        rows = max(_ROWS, device_scratch_bytes(logits.device) // (8 * max(1, logits.shape[1])))
+    # A probability is float32, and so is its temporary copy
+    rows = chunk_length(logits, _ROWS, 8 * logits.shape[1])
     parts = zip(logits.split(rows), targets.unsqueeze(1).split(rows), losses.split(rows), strict=True)
     for part, target, loss in parts:
         logs = torch.log_softmax(part, 1, dtype=losses.dtype)  # (rows, vocabulary)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem.quant.formats import Format
-from lowmem.quant.tensor import DEQUANTIZERS, QuantizedTensor, Squares
+from lowmem.quant.tensor import DEQUANTIZERS, QuantizedTensor, Squares, device_scratch_bytes
 
 Weight: TypeAlias = Tensor | QuantizedTensor
 """A stored weight: float16 or bfloat16 (out, in), or a QuantizedTensor of that shape."""
@@ -195,6 +195,16 @@ def backend_of(tensor: Tensor) -> Backend:
 def backend_for(device_type: str = "cpu") -> Backend:
     """Return the backend of a device type, as ``torch.device.type`` names it, or ``ANY``."""
     return _backends[device_type]
+
+
+def chunk_length(tensor: Tensor, on_cpu: int, scratch_bytes: int) -> int:
+    """Return how many rows or numbers, each of which takes so many bytes of scratch, are computed at a time.
+
+    It is ``on_cpu``; on a GPU, where each chunk starts kernels, as many as its scratch holds, if these are more.
+    """
+    if not backend_of(tensor).is_asynchronous:
+        return on_cpu
+    return max(on_cpu, device_scratch_bytes(tensor.device) // max(1, scratch_bytes))
 
 
 def fast_matmul_dtype(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:

@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from lowmem.errors import short_repr
 from lowmem.nn.sharded_parameters import imported_dtensor_types
-from lowmem.quant.backend import backend_of
-from lowmem.quant.tensor import device_scratch_bytes
+from lowmem.quant.backend import chunk_length
 from lowmem.training.master_weights import REST, parameter_loaded_state_pairs, replace_state_with_uncast_copies
 
 BLOCK = 256
@@ -113,9 +112,7 @@ class AdamW8bit(torch.optim.Optimizer):
         values, gradient = flat.view(-1), gradient.reshape(-1)
         decay = 1 - group["lr"] * group["weight_decay"]
         row = _shard_row_length_or_zero(parameter)
-        chunk = _CHUNK
-        if backend_of(values).is_asynchronous:
-            chunk = max(_CHUNK, device_scratch_bytes(values.device) // _CHUNK_BYTES // BLOCK * BLOCK)
+        chunk = chunk_length(values, _CHUNK, _CHUNK_BYTES) // BLOCK * BLOCK
         chunk = max(1, chunk // row) * row if row else chunk
         for start in range(0, len(values), chunk):
             part = slice(start, min(start + chunk, len(values)))

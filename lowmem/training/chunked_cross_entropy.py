@@ -15,8 +15,7 @@ from lowmem.errors import short_repr
 from lowmem.nn.call_context import is_cast_by_autocast
 from lowmem.nn.recomputed_inputs import has_dtype_independent_pack_hook
 from lowmem.nn.stored_tensor import StoredTensor
-from lowmem.quant.backend import backend_of
-from lowmem.quant.tensor import device_scratch_bytes
+from lowmem.quant.backend import backend_of, chunk_length
 from lowmem.resident import trim_heap_before_allocation
 
 
@@ -112,8 +111,7 @@ class _ChunkedCrossEntropyFunction(torch.autograd.Function):
     ) -> Tensor:
         sums = torch.promote_types(dtype, torch.float32)
         wanted = ctx.needs_input_grad
-        if backend_of(rows).is_asynchronous:
-            chunk = max(chunk, device_scratch_bytes(rows.device) // (dtype.itemsize * max(1, len(weight))))
+        chunk = chunk_length(rows, chunk, dtype.itemsize * len(weight))
         factor, offset = _OutputWeightMatmul(weight, dtype), None if bias is None else bias.detach().to(dtype)
         row_grad = torch.zeros_like(rows) if wanted[0] else None
         weight_grad = rows.new_zeros(weight.shape, dtype=sums) if wanted[1] else None
@@ -182,8 +180,7 @@ class _OutputWeightMatmul:
             self.stored = weight.kernel_weight
             return
         dense = weight.detach()
-        if backend_of(dense).is_asynchronous:
-            self.step = max(self.step, device_scratch_bytes(dense.device) // (4 * max(1, dense.shape[1])))
+        self.step = chunk_length(dense, self.step, 4 * dense.shape[1])
         self.in_parts = self.of_torch is not dtype or (dense.dtype is not dtype and len(dense) > self.step)
         self.dense = dense if self.in_parts else dense.to(dtype)
 

@@ -165,7 +165,7 @@ class _Plan(NamedTuple):
 def _plan(kernel: str, inputs: int, form: Format, block_size: int, scales: str, columns: int) -> _Plan:
     """Return what a launch needs to know of its weight; a product asks for it each time."""
     encoding, tile = get_scale_encoding(scales, form.signed, form.ggml_divisor), TILES[kernel, inputs]
-    row_bytes = -(-columns * form.bits // 8)
+    row_bytes = form.width.row_bytes(columns)
     shape = tile.shape_constants(row_bytes, block_size * form.bits // 8)
     constants = {
         "columns": columns,
