@@ -22,7 +22,7 @@ PAGE = Path(__file__).with_name("four-bits.md")
 MEASURED = PAGE.with_suffix(".json")  # by benchmarks/trained_layer.py
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
 DRAWING = re.compile(r"^```\{drawing\} (\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-WIDTH = 340  # units of a drawing: pixels on a phone, of which texts have at least 10
+WIDTH = 340  # units of a drawing: pixels on a phone; texts have at least 10
 STYLE = f"""
 .drawing {{ {theme.css_variable_declarations(theme.LIGHT)} max-width: 32rem; margin: 1.5rem auto; }}
 body[data-theme="dark"] .drawing {{ {theme.css_variable_declarations(theme.DARK)} }}
@@ -254,14 +254,24 @@ DRAWINGS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[float
 def draw(name: str, description: str) -> str:
     """Return a drawing as HTML, with a description for those who do not see it."""
     height, content = DRAWINGS[name](run_page()[0], json.loads(MEASURED.read_text(encoding="utf8")))
-    label = escape(" ".join(description.split()), quote=True)
+    label = " ".join(description.split())
+    return figure(height, content, label, f"<figcaption>{escape(label, quote=True)}</figcaption>")
+
+
+def figure(height: float, content: str, label: str, caption: str = "") -> str:
+    """Return the content of an SVG as a figure of HTML; ``label`` is for those who do not see it."""
     return (
-        f'<figure class="drawing"><svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{label}">'
-        f"{content}</svg><figcaption>{label}</figcaption></figure>"
+        f'<figure class="drawing"><svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
+        f'aria-label="{escape(label, quote=True)}">{content}</svg>{caption}</figure>'
     )
 
 
 def put_drawings_into(page: str) -> str:
     """Return the text of a page in which drawings, with their style, stand in place of their names."""
-    drawn = DRAWING.sub(lambda found: f"```{{raw}} html\n{draw(found[1], found[2])}\n```", page)
+    return put_figures_into(page, DRAWING, lambda found: draw(found[1], found[2]))
+
+
+def put_figures_into(page: str, block: re.Pattern[str], draw_block: Callable[[re.Match[str]], str]) -> str:
+    """Return the text of a page in which figures, with their style, stand in place of what ``block`` matches."""
+    drawn = block.sub(lambda found: f"```{{raw}} html\n{draw_block(found)}\n```", page)
     return drawn if drawn == page else f"{drawn}{END_OF_PAGE}"

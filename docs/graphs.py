@@ -7,14 +7,13 @@ layers passes through a place of its own in each.
 from __future__ import annotations
 
 import re
-from html import escape
 from itertools import pairwise
 
-from drawings import END_OF_PAGE, box, text
+from drawings import WIDTH, box, figure, put_figures_into, text
 
 GRAPH = re.compile(r"^```mermaid\ngraph TD\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 EDGE = re.compile(r"^\s*(\w+) --> (\w+)$", re.MULTILINE)
-WIDTH, ROW, HEIGHT = 340, 46, 22  # of the drawing, of a layer, of a node; in pixels on a phone
+ROW, HEIGHT = 46, 22  # of a layer, of a node; in pixels on a phone
 GAP, SWEEPS = 8, 24
 
 Node = str | tuple[str, str, int]  # a name, or an edge's place in a layer that it passes
@@ -104,19 +103,15 @@ def draw_graph(edges: list[tuple[str, str]]) -> str:
             width = width_of(node)
             drawn.append(box(x - width / 2, y - HEIGHT / 2, width, HEIGHT, "panel", 'stroke="var(--line)" rx="4"'))
             drawn.append(text(x, y + 4, node, 'text-anchor="middle"'))
-    label = escape("; ".join(f"{upper} imports {lower}" for upper, lower in edges), quote=True)
+    label = "; ".join(f"{upper} imports {lower}" for upper, lower in edges)
     head = (
         '<defs><marker id="head" markerWidth="6" markerHeight="6" refX="1" refY="3" orient="auto">'
         '<path d="M0,0 L6,3 L0,6 z" fill="var(--quiet)"/></marker></defs>'
     )
     height = max(y for _, y in places.values()) + HEIGHT
-    return (
-        f'<figure class="drawing"><svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{label}">'
-        f"{head}{''.join(drawn)}</svg></figure>"
-    )
+    return figure(height, f"{head}{''.join(drawn)}", label)
 
 
 def put_graphs_into(page: str) -> str:
     """Return the text of a page in which drawings, with their style, stand in place of mermaid's blocks."""
-    drawn = GRAPH.sub(lambda found: f"```{{raw}} html\n{draw_graph(EDGE.findall(found[1]))}\n```", page)
-    return drawn if drawn == page else f"{drawn}{END_OF_PAGE}"
+    return put_figures_into(page, GRAPH, lambda found: draw_graph(EDGE.findall(found[1])))
