@@ -260,14 +260,14 @@ class _LanguageModelTraining:
             self._answer_samples(0)
         saved_facts |= {"answers": dict(self.answers), "prompts": prompts, STATE_FACT: job.options_for_state}
         self._rows = self._rows_from_texts(job.texts)
-        steps = -(-len(self._rows) // job.run_identity_dict()["rows_of_a_step"])
+        rows = job.run_identity_dict()["rows_of_a_step"]
+        steps = math.ceil(len(self._rows) / rows)
         if job.settings.steps is None and job.settings.epochs is None and job.data.beta is None and steps < FEW_STEPS:
             print_line(
                 f"one pass over these texts is {steps} step{'s' * (steps != 1)}, which hardly teaches facts: "
                 "--epochs 10 --lr 1e-3 --batch-size 4 --accumulate 1 taught 27 of 30 to SmolLM2-135M"
             )
         if job.data.beta is None and not self._rows.calling.isolates_texts and len(job.texts.examples) > 1:
-            rows = job.run_identity_dict()["rows_of_a_step"]
             print_line(
                 "examples are not packed: in this model, those in one row would see each other; a step has "
                 f"{rows} of them, as --batch-size and --accumulate say"

@@ -346,7 +346,8 @@ def _calibrate_and_quantize_folder(
     if isinstance(technique, EightBit):
         raise ValueError("--calibrate chooses codes of 4 bits, and --format says 8: use only one of them")
 
-    from lowmem.integrations.transformers.folder_calibration import WITHOUT_TEXT, load_calibrate_and_write_folder
+    from lowmem.integrations.transformers.folder_calibration import load_calibrate_and_write_folder
+    from lowmem.transforms.calibration.calibrate import WITHOUT_TEXT
 
     text = str(arguments.calibrate) if str(arguments.calibrate) in WITHOUT_TEXT else arguments.calibrate
     if isinstance(text, Path) and not text.is_file():

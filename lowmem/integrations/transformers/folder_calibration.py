@@ -29,9 +29,6 @@ from lowmem.io.model_folder import CONFIG, read_checked_model_config
 from lowmem.nn.techniques import Budget, FourBit
 from lowmem.transforms.calibration.calibrate import calibrate
 
-WITHOUT_TEXT = ("self", "random")
-"""In place of a text: the model generates it, or its tokens are drawn evenly."""
-
 
 class Gain(NamedTuple):
     """Perplexities of a model with calibrated weights and without, divided by the dense model's."""
@@ -75,7 +72,7 @@ def load_calibrate_and_write_folder(
         source: a dense folder, with the model's tokenizer.
         target, skip, shard_bytes: as for ``quantize_folder``.
         technique: how to store the weights; a ``Budget`` is divided by what its layers get, too.
-        text: a file of text in UTF-8; or one of ``WITHOUT_TEXT``, of which calibrate makes 4096 tokens with seed 0,
+        text: a file of text in UTF-8; or "self" or "random", for which calibrate makes 4096 tokens with seed 0,
             at a temperature of 1.
         device: where the model runs.
         diagonal, resume, progress: as for ``lowmem.calibrate``.
@@ -110,7 +107,7 @@ def load_calibrate_and_write_folder(
 
 
 def self_calibration_hint_or_none(folder: Path, rows: Iterable[TensorConversionRow]) -> str | None:
-    """Return what calibrating on its own text would gain and cost for a dense folder's model; None: it writes none.
+    """Return what it would gain and cost to calibrate a dense folder's model on its own text; None if it writes none.
 
     ``rows`` are of the folder's tensors as they were converted without calibration.
     """

@@ -23,7 +23,7 @@ from lowmem.io.formats.gguf.gguf_file import read_gguf_header
 from lowmem.io.formats.gguf.gguf_tokenizer_fields import PRE_TOKENIZERS
 from lowmem.io.model_folder import check_config_files_are_regular
 from lowmem.io.remote_code import NEEDS_CODE, empty_stdin, has_trust_remote_code_in_text
-from lowmem.transforms.calibration.self_generated_text import LEAST_SHARE
+from lowmem.transforms.calibration.self_generated_text import are_of_one_vocabulary
 
 # What SentencePiece writes for it
 _SPACE = "\u2581"
@@ -129,12 +129,11 @@ def read_tokenizer(path: Path, vocabulary_size: int | None = None) -> Any:
         # Transformers adds tokens that a GGUF file has not
         if vocabulary_size is not None and path.is_file():
             size -= sum(token >= vocabulary_size for token in tokenizer.get_added_vocab().values())
-    if vocabulary_size is not None and not LEAST_SHARE * vocabulary_size <= size <= vocabulary_size:
+    if vocabulary_size is not None and not are_of_one_vocabulary(size, vocabulary_size):
         raise file_error(
             path,
             f"its tokenizer has {short_repr(size)} tokens, and its model {short_repr(vocabulary_size)}: they are not "
-            "of one "
-            "vocabulary; get the files of the tokenizer again",
+            "of one vocabulary; get the files of the tokenizer again",
         )
     return tokenizer
 

@@ -70,6 +70,9 @@ from lowmem.transforms.tied_weights import weight_memory_key
 M = TypeVar("M", bound=nn.Module)
 
 _DEFAULT = FourBit()
+WITHOUT_TEXT = ("self", "random")
+"""In place of batches: the model generates a text, or its tokens are drawn evenly."""
+
 _BY_WEIGHTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)  # which nobody expects to be calibrated
 
 
@@ -218,7 +221,7 @@ def _check_calibration_arguments(batches: object, technique: object, damping: ob
         raise ValueError(f"damping={short_repr(damping)} must be a number above 0; 0.01 suits most models")
     if progress is not None:
         check_callable_with("progress", progress, "callable with two counts and seconds, or None", 1, 1, 0.0)
-    if not (isinstance(batches, str) and batches in ("self", "random")):
+    if not (isinstance(batches, str) and batches in WITHOUT_TEXT):
         check_batches_reiterable(batches)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lowmem.errors import error_type_and_first_line, short_repr
 from lowmem.transforms.calibration.model_runs import evaluation_without_gradients
 from lowmem.transforms.calibration.self_generated_text import (
-    LEAST_SHARE,
     ROWS_PER_BATCH,
+    are_of_one_vocabulary,
     capped_positions,
     check_seed,
     first_parameter_device_or_cpu,
@@ -42,7 +42,7 @@ def random_token_batches(model: nn.Module, tokenizer: Any, seed: int, tokens: in
                 f"tokenizer={short_repr(tokenizer)} must be the model's, as AutoTokenizer returns it, "
                 "its length is the vocabulary; or None"
             )
-        if not LEAST_SHARE * size <= len(tokenizer) <= size:
+        if not are_of_one_vocabulary(len(tokenizer), size):
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} tokens, and the embedding of {type(model).__name__} has {size}: "
                 "they are not of one vocabulary; pass the model's own tokenizer"

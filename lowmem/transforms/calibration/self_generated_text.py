@@ -22,8 +22,13 @@ _NOT_FINITE = "what it predicts of a text is NaN or infinite"
 # The temperature below which 0 / temperature could be NaN in float32
 _COLDEST = torch.finfo(torch.float32).tiny
 
-LEAST_SHARE = 0.5
-"""Of the tokens that a model knows, those that its tokenizer makes: models pad their vocabularies by some percent."""
+# Of the tokens that a model knows, those that its tokenizer makes: models pad their vocabularies by some percent
+_LEAST_SHARE = 0.5
+
+
+def are_of_one_vocabulary(tokenizer_size: int, model_size: int) -> bool:
+    """Whether a tokenizer of so many tokens can be that of a model that knows so many."""
+    return _LEAST_SHARE * model_size <= tokenizer_size <= model_size
 
 
 def check_seed(seed: object) -> None:
@@ -114,7 +119,7 @@ def _check_causal_language_model(model: nn.Module, tokenizer: Any) -> None:
         ) from error
     prefix_logits, full_logits = (_checked_logits(model, out) for out in outputs)
     size, vocabulary = len(tokenizer), full_logits.shape[-1]
-    if not LEAST_SHARE * vocabulary <= size <= vocabulary:
+    if not are_of_one_vocabulary(size, vocabulary):
         raise ValueError(
             f"the tokenizer has {size} tokens, and {type(model).__name__} predicts {vocabulary}: they are not of one "
             "vocabulary; pass the model's own tokenizer"
