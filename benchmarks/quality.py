@@ -129,7 +129,7 @@ def rows_of_tokens(tokenizer: Any, texts: Sequence[str] | None = None) -> Tensor
 
 
 def calibrations(model: nn.Module, tokenizer: Any) -> dict[str, list[Tensor] | str | None]:
-    """Return, by name, what ``calibrate`` gets; None: the model is converted."""
+    """Return the batches for ``calibrate`` by name; with None, the model is converted without calibration."""
     from lowmem.integrations.transformers.folder_calibration import calibration_batches
     from lowmem.transforms.calibration.random_tokens import random_token_batches
 

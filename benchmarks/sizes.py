@@ -1,8 +1,8 @@
 """Llama models of 0.6 to 8 billion weights: memory and time to store, train and run them, each in a fresh process.
 
     python -m benchmarks.sizes 1b 3b 8b               makes stored models with random codes, and measures them
-    python -m benchmarks.sizes 1b 3b 8b --save        and adds the figures to benchmarks/sizes.json, of which the
-                                                      README's table and picture are made (benchmarks/fits.py)
+    python -m benchmarks.sizes 1b 3b 8b --save        and adds the figures to benchmarks/sizes.json, from which
+                                                      benchmarks/fits.py makes the README's table and picture
     python -m benchmarks.sizes 1b 3b 8b --jobs plan   predicts, and measures nothing
     python -m benchmarks.sizes 8b --jobs quantize     writes 16 GB of dense weights first, which it stores
     python -m benchmarks.sizes 1b --jobs peft llama.cpp    the peers, where they fit

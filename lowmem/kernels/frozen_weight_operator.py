@@ -267,8 +267,8 @@ class _FrozenWeightFunction(torch.autograd.Function):
 
 
 class _TransformableFrozenWeightFunction(_FrozenWeightFunction):
-    """The same for the transforms of torch.func, which need a separate ``setup_context``. A call of such a function
-    reads the signature of ``forward``, which takes longer than a small product."""
+    """The same function for the transforms of torch.func, which need a separate ``setup_context``. Each call of a
+    function that has one reads the signature of ``forward``, and that takes longer than a small product."""
 
     @staticmethod
     def forward(f: FrozenWeightOperator, x: Tensor, weight: Weight, *rest: Any) -> Tensor:  # type: ignore[override]

@@ -62,7 +62,7 @@ class Format:
 
     @property
     def width(self) -> CodeWidth:
-        """How codes of so many bits are stored."""
+        """How codes of this format's number of bits are stored."""
         return CODE_WIDTHS[self.bits]
 
     @property

@@ -371,9 +371,9 @@ def _check_optimizer(arguments: argparse.Namespace) -> None:
 
 
 def resumed_run_or_none(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """Return what the run was started with that ``--resume`` continues; None: there is none.
+    """Return the settings of the run that ``--resume`` continues, or None if there is no such run.
 
-    Options that are not given, and that its state has beside that, are set.
+    Options that are not given are set to those that the run's state has beside its settings.
 
     Raises:
         ValueError: the run went on from an adapter, which is neither given nor in a state.

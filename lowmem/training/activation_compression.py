@@ -83,7 +83,7 @@ class QuantizedActivation(NamedTuple):
     scales: Tensor  # float32 (blocks, 1)
     dtype: torch.dtype  # of the original tensor
     length: int  # number of elements, without the padding of the last block
-    vanished: float | None  # share of nonzero elements whose code is zero; 1 if any is not finite; None: roots
+    vanished: float | None  # share of nonzero elements whose code is zero; 1 if any is not finite; of roots None
 
     def dequantize(self) -> Tensor:
         """Decode: (length,), in the original dtype."""
@@ -95,7 +95,7 @@ def quantize_activation(x: Tensor, arena: ActivationArena | None = None) -> Quan
     """Return the 8-bit codes of a flat floating point tensor: ``|x - codes * scale| <= scale / 2``, up to rounding.
 
     A block that contains NaN or infinity decodes to NaN, so that the failure stays visible. On a GPU the codes are
-    those of roots. ``arena`` allocates codes and scales of CPU tensors; None: torch does.
+    those of roots. ``arena`` allocates codes and scales of CPU tensors; without one, torch does.
     """
     if backend_of(x).is_asynchronous:
         codes, scales = empty_codes_and_scales(x)

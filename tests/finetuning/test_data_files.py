@@ -183,7 +183,7 @@ def unreachable_hub(tmp_path, monkeypatch):
     from tests.integrations.transformers.hub import Hub, use_hub
 
     monkeypatch.chdir(tmp_path)
-    # The port of discard, of which nothing runs here
+    # The port of the discard service, which does not run here
     use_hub(monkeypatch, Hub("http://127.0.0.1:9"), tmp_path / "home")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")

@@ -59,7 +59,7 @@ def test_codes_scales_and_counts_have_the_bits_of_the_definition(isa, dtype, len
     kind=["normal", "halves", "tiny", "zeros"],
 )
 def test_roots_are_within_half_a_step_and_keep_what_is_not_finite(dtype, length, kind):
-    """Chunks are of the device, of which the CPU has several for 300,000 numbers."""
+    """Chunks depend on the device: on the CPU, 300,000 numbers are several."""
     x, special = numbers(length, kind, dtype), torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, 2.0], dtype=dtype)
     x[: min(length, 5)] = special[: min(length, 5)]
     definitions.encode_roots(x, into := empty_codes_and_scales(x))

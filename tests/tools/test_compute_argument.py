@@ -9,7 +9,7 @@ from lowmem.tools.compute_argument import set_compute_dtype
 
 
 class LanguageModel(nn.Module):
-    """Two linear layers, of which the second one makes logits."""
+    """Two linear layers; the second one makes the logits."""
 
     def __init__(self) -> None:
         super().__init__()

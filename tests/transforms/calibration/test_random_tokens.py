@@ -13,7 +13,7 @@ from tests.transforms.calibration.test_calibrate import Decoder, assert_same_byt
 
 
 class Tokenizer:
-    """As many tokens as it says, of which some are special."""
+    """A tokenizer of ``size`` tokens; some of them are special."""
 
     def __init__(self, size=40, special=(0, 3)):
         self.size, self.all_special_ids = size, list(special)
