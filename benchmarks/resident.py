@@ -6,7 +6,7 @@ that C takes with ``malloc``. The kernel's high-water mark of a process (``VmHWM
     python -m benchmarks.resident            fails where a figure is further from the baseline than its tolerance
     python -m benchmarks.resident --store    stores the baseline, with the tolerance that repeated runs give
 
-docs/memory-gate.md says what is measured, and how noise is kept out.
+docs/benchmarking.md says what is measured, and how noise is kept out.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def test_links_to_the_front_page_lead_to_the_index_on_the_site(on_the_site):
     for _, shown in on_the_site("lead_to_the_index"):
         links += shown.count("](../index.md#")
         assert "README.md#" not in shown
-    assert links == 1
+    assert links == 2
 
 
 def without_code(text):

@@ -632,7 +632,7 @@ def test_the_proof_goes_on_where_it_stopped_and_writes_its_table(tmp_path, monke
         assert len(ran) == 2 + 10
     page.write_text((ROOT / "docs" / "benchmarking.md").read_text())
     proof.main([*arguments, "--table", "--page", str(page)])
-    assert "| 10% in a kernel | 5 | 5 | 5 of 5 | 0 | instructions in 5, latency in 5 | 60 to 60 |" in page.read_text()
+    assert "| 10% in a kernel | 5 | 5 | 0 | instructions in 5, latency in 5 | 60 to 60 |" in page.read_text()
     page.write_text("nothing")
     assert proof.main([*arguments, "--table", "--page", str(page)]) == 2
     assert "has no marks" in capsys.readouterr().err
@@ -642,7 +642,7 @@ def test_the_page_shows_a_proof_that_holds():
     written = (ROOT / "docs" / "benchmarking.md").read_text().partition(proof.BEGIN)[2].partition(proof.END)[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in written.splitlines()[2:]]
     assert [row[0] for row in rows] == [case.name for case in proof.CASES]
-    for (_, runs, alarms, wanted, undecided, *_), case in zip(rows, proof.CASES, strict=True):
+    for (_, runs, alarms, undecided, *_), case in zip(rows, proof.CASES, strict=True):
         assert int(runs) >= case.runs
         assert int(alarms) == (int(runs) - int(undecided) if case.alarm else 0)
-        assert wanted == f"{(case.runs - case.undecided) * case.alarm} of {case.runs}"
+        assert int(runs) - int(undecided) >= case.runs - case.undecided

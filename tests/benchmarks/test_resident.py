@@ -148,7 +148,7 @@ def test_the_tolerance_is_of_the_distances_to_a_median_and_lets_no_megabyte_pass
 
 
 def test_the_page_says_what_the_stored_baselines_hold():
-    page = (ROOT / "docs" / "memory-gate.md").read_text(encoding="utf8")
+    page = (ROOT / "docs" / "benchmarking.md").read_text(encoding="utf8")
     stored = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "memory").glob("resident-*.json")]
     for name, said in (
         ("spread_mib", "the run that was furthest off was {:.2f} to {:.2f} MiB off"),
