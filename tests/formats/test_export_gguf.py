@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 import shutil
 import textwrap
 from pathlib import Path
@@ -236,7 +237,8 @@ def test_the_text_part_of_a_gemma_3_with_pictures_is_written_as_the_guide_says(t
     whole.eval().save_pretrained("gemma-3-4b-it")
     of_gemma().save_pretrained("gemma-3-4b-it")
     page = (Path(__file__).parents[2] / "docs" / "guides" / "llama-cpp.md").read_text(encoding="utf8")
-    exec(textwrap.dedent(page.partition("`export` take:\n")[2]))
+    (code,) = re.findall(r"`export` take:\n\n((?:    .*\n|\n)+)", page)
+    exec(textwrap.dedent(code))
     assert main(["quantize", "gemma-3-4b-text", "stored", "--for", "llama.cpp"]) == 0
     rows = lowmem.export("stored", "stored.gguf")
     assert all(row.error is None for row in rows)

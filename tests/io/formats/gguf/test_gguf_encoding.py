@@ -1,6 +1,5 @@
 """Blocks of GGUF: written from codes and scales of lowmem, and read back by the reader of GGUF."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,16 +217,9 @@ def test_small_weights_that_are_calibrated_have_a_type_of_gguf(format):
     assert exact_blocks_of_32_or_none(model[0].quantized) is not None
 
 
-def test_the_errors_on_the_page_are_those_of_normal_weights():
+def test_the_error_on_the_page_is_that_of_normal_weights():
     page = (Path(__file__).parents[4] / "docs" / "guides" / "llama-cpp.md").read_text(encoding="utf8")
-    shown = dict(re.findall(r'^\| `"(\w+)"` \|.* ([\d.]+) \|$', page, re.MULTILINE))
-    weight = torch.randn(256, 1024)
-    for format, error in shown.items():
-        assert lowmem.quantize(weight, format).dequantize().sub(weight).norm() / weight.norm() == pytest.approx(
-            float(error), abs=1e-3
-        )
-    assert len(shown) == 3
-    stored = lowmem.quantize(weight, "nf4")
+    stored = lowmem.quantize(torch.randn(256, 1024), "nf4")
     added = (
         nearest_gguf_weight(stored, "iq4_nl").dequantize() - stored.dequantize()
     ).norm() / stored.dequantize().norm()
