@@ -174,7 +174,9 @@ def of_hugging_face(runs):
 
 
 def of_fine_tuning(runs):
-    _, preferring, by_trl, resumed, in_code, *_ = runs
+    shown, _, _, resumed, answered, preferring, by_trl, in_code = runs
+    assert "tokens of the 40 examples" in shown.out
+    assert answered.out.strip()
     assert "saved preferring" in preferring.err
     assert by_trl.space["trainer"].state.global_step == 2
     assert "tuned is complete already" in resumed.err

@@ -157,7 +157,7 @@ def test_the_table_of_a_step_s_memory_is_the_stored_one():
     for case, name in rows.items():
         stored = figures[f"benchmarks/test_training.py::test_training_memory[{case}]"]
         cells = " | ".join(f"{stored[f'{part}_bytes'] / 2**20:.2f}" for part in parts)
-        assert f"| {name} | {cells} |" in TEXTS["docs/guides/training-steps.md"]
+        assert f"| {name} | {cells} |" in TEXTS["docs/guides/will-it-fit.md"]
 
 
 def test_every_public_name_stands_in_one_page_of_the_api():
