@@ -134,10 +134,19 @@ def _json_line_rows(path: Path, text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield Row(f"line {number}", json.loads(line))
+                item = json.loads(line)
             except (ValueError, RecursionError):
                 mistake = f"{short_repr(line)} is no JSON object; a .jsonl file has one in each line, a .json a list"
                 yield Row(f"line {number}", mistake=mistake)
+            else:
+                yield _json_row(f"line {number}", item)
+
+
+def _json_row(place: str, item: Any) -> Row:
+    """Return a row of a JSON file; a text without a key is a mistake, since only files of ``.txt`` are one text."""
+    if isinstance(item, str):
+        return Row(place, mistake=f'{short_repr(item)} is a text without a key: write it as {{"text": ...}}')
+    return Row(place, item)
 
 
 def _json_rows(path: Path, text: str) -> Iterator[Row]:
@@ -150,7 +159,7 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
     if not isinstance(items, list):
         raise file_error(path, 'it must be a list of objects, or {"data": [...]}')
     for number, item in enumerate(items, 1):
-        yield Row(f"row {number}", item)
+        yield _json_row(f"row {number}", item)
 
 
 def _table_rows(path: Path, text: str) -> Iterator[Row]:

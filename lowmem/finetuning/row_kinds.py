@@ -168,7 +168,7 @@ def _required_text(record: Mapping[str, Any], key: str) -> str:
     return value
 
 
-def _parsed(record: Mapping[str, Any], key: str) -> Any:
+def _parsed(record: Mapping[str, Any], key: str, wanted: str = "a list") -> Any:
     """Return a value that may be JSON text, as in cells of tables; an empty one is None."""
     value = record.get(key)
     if not isinstance(value, str):
@@ -176,7 +176,7 @@ def _parsed(record: Mapping[str, Any], key: str) -> Any:
     try:
         return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError):
-        raise ValueError(f"{key}={short_repr(value)} must be JSON") from None
+        raise ValueError(f"{key}={short_repr(value)} must be {wanted}, or its JSON text") from None
 
 
 def _convert_text(record: Mapping[str, Any], options: RowOptions) -> PlainText:
@@ -274,7 +274,7 @@ def _convert_sharegpt(record: Mapping[str, Any], options: RowOptions) -> Convers
         if role is None:
             raise ValueError(f"from={short_repr(turn['from'])} must be one of {', '.join(_SHAREGPT_ROLES)}")
         if turn["from"] == "function_call":
-            calls = _parsed(turn, "value")
+            calls = _parsed(turn, "value", "a call")
             messages.append(
                 {"role": role, "content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
             )
@@ -308,11 +308,11 @@ def _checked_tool_call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not (isinstance(function, dict) and isinstance(function.get("name"), str)):
         raise ValueError(f"{short_repr(call)} is no call of a tool: it needs function with name and arguments")
-    arguments = _parsed(function, "arguments")
+    arguments = _parsed(function, "arguments", "a JSON object")
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
-        raise ValueError(f"arguments={short_repr(arguments)} must be a JSON object, or its text")
+        raise ValueError(f"arguments={short_repr(arguments)} must be a JSON object, or its JSON text")
     ids = {key: call[key] for key in ("id",) if call.get(key) is not None}
     return {**ids, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
@@ -338,12 +338,13 @@ def _check_conversation(conversation: Conversation) -> None:
 
 
 PREFERENCES = "preferences"
+PROMPTS = "prompt and completion"
 _DPO_ROWS = "--method dpo takes prompt, chosen and rejected"
 
 KINDS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any], RowOptions], Any]]] = {
     "text": (("text",), _convert_text),
     "messages": (("messages",), _convert_messages),
-    "prompt and completion": (("prompt", "completion"), _convert_completion),
+    PROMPTS: (("prompt", "completion"), _convert_completion),
     "Alpaca": (("instruction", "output"), _convert_alpaca),
     "ShareGPT": (("conversations",), _convert_sharegpt),
     PREFERENCES: (("prompt", "chosen", "rejected"), _convert_preference),

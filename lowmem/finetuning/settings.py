@@ -103,7 +103,7 @@ class FineTuning:
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={short_repr(self.optimizer)} is none of {', '.join(OPTIMIZERS)}")
         if self.patience is not None and self.eval_every is None:
-            raise ValueError(f"patience={self.patience} counts evaluations: set eval_every, too")
+            raise ValueError(f"patience={self.patience} counts evaluations: set eval_every (--eval-every), too")
 
     def total_rows(self, row_count: int, world: int = 1) -> int:
         """Return the rows of all steps together, for a data set of ``row_count`` rows.

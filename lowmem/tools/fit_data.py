@@ -211,12 +211,10 @@ def read_fit_texts(
         notes += [*mistakes, *_text_notes(held_out, held_out_name, positions)]
     else:
         texts, held_out = split_held_out(texts, arguments.eval_share, arguments.seed or 0, run)
-        if held_out is not None and arguments.eval_share is None:
+        if held_out is not None:
             count = len(held_out.examples)
-            notes.append(
-                f"{count:,} of {count + len(texts.examples):,} examples are held out to evaluate on; --eval-share 0 "
-                "trains on all"
-            )
+            remedy = "; --eval-share 0 trains on all" if arguments.eval_share is None else ""
+            notes.append(f"{count:,} of {count + len(texts.examples):,} examples are held out to evaluate on{remedy}")
     notes += [] if held_out is None else _overlap_notes(texts, held_out)
     if chat.date is not None and texts.chats:
         notes.append(f"the chat template writes today's date into prompts: that of OUT writes {chat.date} every day")

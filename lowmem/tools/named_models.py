@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.bignet import BigNet
-from lowmem.errors import error_type_and_first_line, exception_text
+from lowmem.errors import error_type_and_first_line, exception_text, short_repr
 from lowmem.io.filesystem import has_magic_bytes
 from lowmem.io.formats.gguf.gguf_file import MAGIC
 from lowmem.tools.output import (
@@ -89,13 +89,19 @@ def factory_and_techniques(
     return factory, variant_techniques(variant, rank)
 
 
+_MODEL_NAMES = (
+    "a variant that `lowmem stats` lists, a folder of transformers, a GGUF file, owner/name of the Hub, or "
+    "module:factory"
+)
+
+
 def _variant_and_factory(model_name: str) -> tuple[str, Callable[[], nn.Module]]:
     looks_like_path = os.path.basename(model_name) != model_name or os.path.splitext(model_name)[1] != ""
     if ":" not in model_name and looks_like_path:
         problem = "is a file" if os.path.isfile(model_name) else "is no folder"
-        raise ValueError(
-            f"model={model_name!r} {problem}: name a variant, a folder of transformers, or module:factory"
-        )
+        raise ValueError(f"model={model_name!r} {problem}: name {_MODEL_NAMES}")
+    if model_name and not {":", "@"} & {*model_name} and model_name not in VARIANTS:
+        raise ValueError(f"model={short_repr(model_name)} is no variant, and no folder here: name {_MODEL_NAMES}")
     target, at, variant = model_name.partition("@") if ":" in model_name else ("", "@", model_name)
     return variant if at else "bignet", import_model_factory(target) if target else BigNet
 

@@ -56,6 +56,18 @@ def test_a_list_of_objects_is_read_from_json(wrapped, tmp_path):
     assert read(tmp_path / "a.json") == [Row(f"row {number}", item) for number, item in enumerate(items, 1)]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", '{"text": "a"}\n"b"\n'), ("a.json", '[{"text": "a"}, "b"]')]
+)
+def test_a_text_without_a_key_is_a_mistake_of_its_row(name, content, tmp_path):
+    """It may be half of an object, and a JSON text is no file of texts elsewhere."""
+    (tmp_path / name).write_text(content)
+    row, mistaken = read(tmp_path / name)
+    assert row.content == {"text": "a"}
+    assert mistaken.content is None
+    assert mistaken.mistake == "'b' is a text without a key: write it as {\"text\": ...}"
+
+
 def test_lines_are_counted_with_those_that_are_empty(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{\n[1]\n')
     rows = read(tmp_path / "a.jsonl")

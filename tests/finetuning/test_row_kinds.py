@@ -159,17 +159,17 @@ def test_columns_are_suggested_by_the_keys_that_are_there(record, suggestion):
         ({"prompt": "p", "completion": None}, "completion=None must be a text that is not empty"),
         ({"prompt": "", "completion": "c"}, "prompt='' must be a text that is not empty"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "it needs role and content, both texts"),
-        ({"messages": "{"}, "messages='{' must be JSON"),
+        ({"messages": "{"}, "messages='{' must be a list, or its JSON text"),
         ({"messages": [USER, {**ANSWER, "tool_calls": [{}]}]}, "{} is no call of a tool: it needs function"),
         ({"messages": [USER, {**ANSWER, "tool_calls": "f"}]}, "tool_calls='f' must be a list"),
         ({"messages": [{**USER, "tool_calls": [CALL]}, ANSWER]}, "of a message of the assistant"),
         (
             {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "3"}]}]},
-            "arguments=3 must be a JSON object, or its text",
+            "arguments=3 must be a JSON object, or its JSON text",
         ),
         (
             {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "{'a'}"}]}]},
-            "must be JSON",
+            "must be a JSON object, or its JSON text",
         ),
         ({"messages": [USER, ANSWER], "tools": {"name": "f"}}, "must be a list of definitions of functions"),
         ({"messages": [USER, ANSWER], "tools": [{"nme": "f"}]}, "is no definition of a tool"),
@@ -181,7 +181,10 @@ def test_columns_are_suggested_by_the_keys_that_are_there(record, suggestion):
         ({"conversations": []}, "must be a list of from and value"),
         ({"conversations": [{"from": "human"}]}, "it needs from and value, both texts"),
         ({"conversations": [{"from": "me", "value": "q"}]}, "from='me' must be one of human, user, gpt"),
-        ({"conversations": [{"from": "function_call", "value": "f()"}]}, "value='f()' must be JSON"),
+        (
+            {"conversations": [{"from": "function_call", "value": "f()"}]},
+            "value='f()' must be a call, or its JSON text",
+        ),
     ],
 )
 def test_a_row_with_a_mistake_is_refused_with_the_reason(record, why):

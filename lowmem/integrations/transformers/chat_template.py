@@ -17,6 +17,9 @@ Tools = Sequence[Mapping[str, Any]]
 _NAME, _KEY, _VALUE = "lowmem_name", "lowmem_key", "lowmem_value"
 """Function, argument and value of the calls that show what a template writes of a call."""
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""The roles of OpenAI's API: most templates name few, and write any other one as it is given."""
+
 
 class ChatTemplate:
     """The chat template of a tokenizer of transformers.
@@ -68,8 +71,9 @@ class ChatTemplate:
 
         Raises:
             ValueError: the template refuses the messages, leaves tools or their calls out, or writes a message of
-                the assistant in another form.
+                the assistant in another form, or a role is unknown.
         """
+        self._check_roles(messages)
         messages = self.messages_with_calls_as_written(messages, tools)
         text = self.text(messages, tools)
         if tools and text == self.text(messages):
@@ -90,6 +94,15 @@ class ChatTemplate:
                 pieces += [(text[done:start], False), (text[start:stop], True)]
                 done = stop
         return [(piece, learned) for piece, learned in [*pieces, (text[done:], False)] if piece]
+
+    def _check_roles(self, messages: Messages) -> None:
+        template = str(getattr(self._tokenizer, "chat_template", None))
+        for role in {message["role"]: None for message in messages}:
+            # A misspelled "assistant" would be a part of the prompt, of which nothing is learned
+            if role not in ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
+                raise ValueError(
+                    f"role={short_repr(role)} must be one of {', '.join(ROLES)}, or one that the chat template names"
+                )
 
     def messages_with_calls_as_written(self, messages: Messages, tools: Tools | None) -> Messages:
         """Return messages with calls of tools in the first form that the template writes whole.

@@ -272,6 +272,12 @@ REFUSED = "leaves the definitions of tools out: name one that writes them with -
             {"messages": [CALLS[0], {**CALLS[1], "tool_calls": 2 * CALLS[1]["tool_calls"]}]},
             "This model only supports single tool-calls at once",
         ),
+        (
+            "qwen3",
+            {"messages": [{"role": "wizard", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            "role='wizard' must be one of system, developer, user, assistant, tool, function, or one that the chat "
+            "template names",
+        ),
     ],
 )
 def test_what_a_template_does_not_write_is_refused(name, row, why):
@@ -327,6 +333,16 @@ def test_a_message_that_the_template_leaves_out_is_found():
     tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     _, _, row = encoded(tokenizer, {"messages": TALK})
     assert row.findings == ("the chat template leaves out the message of the system", NO_END)
+
+
+def test_a_role_that_the_template_names_is_taken():
+    tokenizer = family("mistral")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'critic' %}#{% endif %}<{{ m.role }}>{{ m.content }}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    talk = [{"role": "critic", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert marked(tokenizer, {"messages": talk}) == "#<critic>q</s><assistant>⟦a</s>⟧"
 
 
 def test_variables_that_are_no_template_s_are_refused():

@@ -141,7 +141,7 @@ def test_the_line_names_the_option_where_the_base_is_not_exact(tmp_path):
     told = gguf_outlook(folder, FourBit()).description()
     assert told.endswith("; --for llama.cpp trains on a base that is")
     assert "\n" not in told
-    assert "exactly as it is trained on" in gguf_outlook(folder, LLAMA_CPP).description()
+    assert "exact, so that llama.cpp computes with the weights" in gguf_outlook(folder, LLAMA_CPP).description()
     stored = write_folder(tmp_path / "stored", weights_of(fourbit("nf4")))
     told = gguf_outlook(stored, None).description()
     assert told.endswith("levels of nf4; --for llama.cpp with the dense model trains on a base that is")
