@@ -65,6 +65,8 @@ def print_planned_memory(arguments: argparse.Namespace, job: FineTuningJob) -> i
         memory_plan, peak = plan_and_peak_bytes(job)
     job.print_notes()
     print_dry_run_line(job.gguf.description())
+    if job.calibration_hint is not None:
+        print_dry_run_line(job.calibration_hint)
     process = None if before is None else before + peak
     if arguments.json:
         print_json(

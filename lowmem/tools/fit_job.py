@@ -41,7 +41,7 @@ from lowmem.io.training_record import (
     combined_sha256,
     technique_format_name,
 )
-from lowmem.nn.techniques import Budget, Half, LoRA, blockwise_technique
+from lowmem.nn.techniques import Budget, FourBit, Half, LoRA, blockwise_technique
 from lowmem.tools.arguments import DEFAULT_RANK, option_string, select_local_rank_device
 from lowmem.tools.chat_arguments import RECORD_KEY
 from lowmem.tools.fit_config import check_digests_of_config
@@ -102,6 +102,7 @@ class FineTuningJob:
     resumed_run: Mapping[str, Any] | None
     options_for_state: Mapping[str, Any]
     gguf: GGUFOutlook  # of the base as it is stored for training
+    calibration_hint: str | None  # what a calibrated base would gain
 
     @property
     def texts(self) -> Texts:
@@ -359,6 +360,7 @@ def check_arguments_and_make_job(
         resumed_run,
         options_for_state(arguments),
         gguf,
+        _calibration_hint_or_none(arguments, model_path, technique),
     )
     if arguments.configured_run is not None:
         check_digests_of_config(arguments, job.run_identity_dict())
@@ -403,14 +405,30 @@ def _check_and_describe_kept_base(
         return []
     if arguments.save is None or technique is None:
         return []
-    with SafetensorsCheckpoint(weights_or_index_path(model_path)) as source:
-        count = sum(math.prod(spec.shape) for spec in source.specs.values())
+    count = _weight_count(model_path)
     if count <= KEPT_BASE_WEIGHTS:
         return []
     return [
         f"lowmem generate, serve and export of {escaped_and_truncated(str(arguments.save))} need the base in this "
         f"format, and storing {count / 1e9:.1f} billion weights again takes minutes: --keep-base writes it into OUT"
     ]
+
+
+def _calibration_hint_or_none(
+    arguments: argparse.Namespace, model_path: Path, technique: StorageTechnique
+) -> str | None:
+    """Return what a calibrated base would gain, where the base is stored in 4 bits without calibration."""
+    from lowmem.integrations.transformers.folder_calibration import self_calibration_hint_or_none
+
+    if not isinstance(technique, FourBit | Budget) or getattr(arguments, "for") is not None:
+        return None
+    hint = self_calibration_hint_or_none(model_path, _weight_count(model_path))
+    return hint and f"the base is not calibrated: `lowmem quantize` writes one that is, which fit takes; {hint}"
+
+
+def _weight_count(folder: Path) -> int:
+    with SafetensorsCheckpoint(weights_or_index_path(folder)) as source:
+        return sum(math.prod(spec.shape) for spec in source.specs.values())
 
 
 def _fine_tuning_settings(arguments: argparse.Namespace, default_lr: float) -> FineTuning:

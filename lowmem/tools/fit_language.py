@@ -29,6 +29,7 @@ from lowmem.finetuning.metrics import LOGS, JSONLinesWriter, MetricsWriter, plot
 from lowmem.finetuning.packed_rows import Rows
 from lowmem.finetuning.preferences import PreferenceRows
 from lowmem.finetuning.process_group import TrainingProcessGroup
+from lowmem.finetuning.row_kinds import PREFERENCES, PROMPTS
 from lowmem.finetuning.text_examples import Texts
 from lowmem.finetuning.training_state import States, forked_rng
 from lowmem.io.adapter_files import load_adapter
@@ -154,11 +155,13 @@ def _run_training_job(arguments: argparse.Namespace, job: FineTuningJob, ranks: 
     out = sys.stderr if arguments.json else sys.stdout
     # Errors that come before the first result are one line
     options = options_of_run(job.run_identity_dict(), job.is_dense)
-    if arguments.chat_template is None:
-        # What a run that goes on takes where it has no prompts without a template; conversations have theirs
+    if arguments.chat_template is None or job.texts.kinds.keys().isdisjoint({PROMPTS, PREFERENCES}):
+        # What a run that goes on takes, also where no row is a prompt without a template; conversations have theirs
         options.pop("chat_template", None)
     settings = options_as_text(options)
     opening = [job.data.description(), f"settings: {printable_line(settings, 2000)}", job.gguf.description()]
+    if job.calibration_hint is not None:
+        opening.append(job.calibration_hint)
     if job.save_path is None:
         opening.append("nothing will be saved: --save OUT keeps the adapter")
 
@@ -208,7 +211,8 @@ def _run_training_job(arguments: argparse.Namespace, job: FineTuningJob, ranks: 
             raise
         where = " on each machine" if "--nnodes" in restart_command_words() else ""
         command = f"{reproducing_shell_command(arguments)} --resume"
-        raise KeyboardInterrupt(f"interrupted; {states.kept()}: continue{where} with `{command}`") from None
+        kept = f"{states.kept()}, as --save-every {job.settings.save_every} says"
+        raise KeyboardInterrupt(f"interrupted; {kept}: continue{where} with `{command}`") from None
     finally:
         for writer in writers:
             writer.close()
@@ -242,6 +246,11 @@ class _LanguageModelTraining:
             gc.collect()
         model = self._load_base_model(job.technique)
         job.print_notes()
+        if job.data.beta is not None and job.held_out is not None:
+            self._print_line(
+                f"held-out pairs start at loss {math.log(2):.4f}, accuracy 0.5 and margin 0: their margins count "
+                "from the model before training"
+            )
         if known:
             self._print_line(*(_perplexity_line(name, value) for name, value in self.perplexities.items()))
         elif job.held_out is not None:

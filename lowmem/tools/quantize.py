@@ -333,7 +333,8 @@ def _quantize_model_folder(
             shard_bytes=arguments.shard_size,
             device=device,
         )
-    hint = None if isinstance(technique, EightBit) else self_calibration_hint_or_none(arguments.source, rows)
+    count = sum(math.prod(row.shape) for row in rows if row.converted)
+    hint = None if isinstance(technique, EightBit) else self_calibration_hint_or_none(arguments.source, count)
     if hint is not None:
         print(f"lowmem quantize: {hint}", file=sys.stderr)
     return rows

@@ -68,7 +68,7 @@ def test_bad_options_and_texts_are_refused(place, refused):
         (*data, "--eval-share", "1"): "--eval-share=1 must be below 1",
         (*data, "--eval-share", "0.0001"): "both parts need one",
         (*data, "--eval-every", "2"): "--eval-every needs held-out text",
-        (*data, "--patience", "2"): "patience=2 counts evaluations",
+        (*data, "--patience", "2"): "patience=2 counts evaluations: set eval_every (--eval-every), too",
         (*data, "--resume"): "name OUT with --save",
         (*data, "--save", "there"): "'there' exists",
         (*data, "--save", "."): "'.' exists",
@@ -237,8 +237,8 @@ def test_a_state_of_another_base_or_of_other_options_is_refused(place, capsys, m
     command = f"lowmem fit llama {' '.join(argv)} --resume"
     told = told.splitlines()[-1]
     assert told == (
-        "lowmem fit: interrupted; the last good state, after step 1, is kept in 'out.training': continue with "
-        f"`{command}`"
+        "lowmem fit: interrupted; the last good state, after step 1, is kept in 'out.training', as --save-every 50 "
+        f"says: continue with `{command}`"
     )
     for done in (False, True):  # by a state, and by the adapter
         where = "cannot go on from 'out" + ("': " if done else ".training/state-0.safetensors': ")
@@ -274,11 +274,11 @@ def test_for_llama_cpp_refuses_before_training_what_export_does_not_write(place,
     ("base", "options", "line"),
     [
         ("llama", [], "not exact, since .* is in int8, .*; --for llama.cpp trains on a base that is"),
-        ("llama", ["--for", "llama.cpp"], "llama.cpp gets this base exactly as it is trained on"),
+        ("llama", ["--for", "llama.cpp"], "export to GGUF: exact, so that llama.cpp computes with"),
         ("llama", ["--format", "iq4_nl"], "not exact, since .* is in int8, .*; --for llama.cpp"),
-        ("llama", ["--format", "dense"], "llama.cpp gets this base exactly"),
+        ("llama", ["--format", "dense"], "export to GGUF: exact, so that llama.cpp computes with"),
         ("small", [], "not exact, since .*; --for llama.cpp with the dense model trains on a base that is"),
-        ("small.gguf", [], "llama.cpp gets this base exactly"),
+        ("small.gguf", [], "export to GGUF: exact, so that llama.cpp computes with"),
         ("experts", [], "no export to GGUF: cannot export 'experts': model_type='mixtral' is no arch"),
     ],
 )
@@ -292,3 +292,28 @@ def test_a_line_before_training_says_whether_the_base_is_exact_in_gguf(base, opt
     told = [text for text in capsys.readouterr().err.splitlines() if "export to GGUF" in text]
     assert len(told) == 1
     assert re.search(line, told[0])
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "told"),
+    [
+        ("llama", [], True),
+        ("llama", ["--bits", "5"], True),
+        ("llama", ["--format", "int8"], False),
+        ("llama", ["--format", "dense"], False),
+        ("llama", ["--for", "llama.cpp"], False),  # quantize takes what llama.cpp reads by a name of its own
+        ("small", [], False),
+    ],
+)
+def test_a_base_in_4_bits_is_said_to_gain_by_calibration(base, options, told, place, capsys):
+    if base == "small":
+        assert main(["quantize", "llama", "small"]) == 0
+    capsys.readouterr()
+    assert main(["fit", base, "--data", "text.txt", "--length", "48", "--dry-run", *options]) == 0
+    hints = [
+        line for line in capsys.readouterr().err.splitlines() if "--calibrate self brings the perplexity" in line
+    ]
+    assert len(hints) == told
+    assert all(
+        "the base is not calibrated: `lowmem quantize` writes one that is, which fit takes; " in h for h in hints
+    )

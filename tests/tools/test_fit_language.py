@@ -387,6 +387,8 @@ def test_preferences_are_learned_and_go_on_to_the_byte(place, capsys, monkeypatc
     )
     assert "| Held-out accuracy | 1.0000 |" in Path("whole", "README.md").read_text()
     assert "examples are not packed" not in told
+    assert "held-out pairs start at loss 0.6931, accuracy 0.5 and margin 0" in told
+    assert "6 of 24 examples are held out to evaluate on\n" in told
 
 
 def test_preferences_have_settings_of_their_own(place, capsys):

@@ -232,7 +232,7 @@ def test_a_folder_of_transformers_is_given_to_its_integration(tmp_path, monkeypa
     folder = ModuleType("lowmem.integrations.transformers.pretrained_folder")
     calls = []
     folder.quantize_folder = lambda *given, **named: calls.append((given, named)) or []
-    folder.self_calibration_hint_or_none = lambda source, rows: f"{source.name} may be calibrated"
+    folder.self_calibration_hint_or_none = lambda source, count: f"{source.name} may be calibrated"
     for module in ("", ".pretrained_folder", ".folder_calibration"):
         monkeypatch.setitem(sys.modules, f"lowmem.integrations.transformers{module}", folder)
     (tmp_path / "in").mkdir()
@@ -401,7 +401,7 @@ def test_for_llama_cpp_refuses_a_model_that_export_does_not_write(quantized, inp
     assert said.endswith("; leave --for llama.cpp out\n")
     config.write_text(json.dumps(CONFIG))
     code, said = quantized("a dense folder", "--for", "llama.cpp")
-    assert (code, said.count("export to GGUF: llama.cpp gets this base exactly")) == (0, 1)
+    assert (code, said.count("export to GGUF: exact, so that llama.cpp computes with")) == (0, 1)
     record = {"quant_method": "lowmem: import lowmem.integrations.transformers", "version": 1, "layers": []}
     config.write_text(json.dumps(CONFIG | {"quantization_config": record}))
     code, said = quantized("a dense folder", "--for", "llama.cpp")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +28,9 @@ from lowmem.io.model_folder import CONFIG, read_checked_model_config
 from lowmem.nn.techniques import Budget, FourBit
 from lowmem.transforms.calibration.calibrate import calibrate
 
-
-class Gain(NamedTuple):
-    """Perplexities of a model with calibrated weights and without, divided by the dense model's."""
-
-    without: float
-    calibrated: float
-
-
-SELF_GAIN = Gain(1.173, 1.060)
-"""What "self" gains for SmolLM2-135M in 4 bits on Python's manual: the table of docs/guides/calibration.md has it."""
+UNCALIBRATED_RATIO, SELF_CALIBRATED_RATIO = 1.173, 1.060
+"""Perplexity of SmolLM2-135M in 4 bits, divided by the dense model's, on Python's manual: the table of
+docs/guides/calibration.md has them."""
 
 # CPU seconds a weight, for 4096 tokens
 _SECONDS_PER_WEIGHT = 480e-9
@@ -106,20 +98,18 @@ def load_calibrate_and_write_folder(
     return write_model_folder(model.to("cpu"), source, target, shard_bytes)
 
 
-def self_calibration_hint_or_none(folder: Path, rows: Iterable[TensorConversionRow]) -> str | None:
-    """Return what it would gain and cost to calibrate a dense folder's model on its own text; None if it writes none.
-
-    ``rows`` are of the folder's tensors as they were converted without calibration.
-    """
+def self_calibration_hint_or_none(folder: Path, weight_count: int) -> str | None:
+    """Return what it would gain and cost to calibrate a dense folder's model, of which ``weight_count`` are stored,
+    on its own text; None if it writes none."""
     kind = architecture_class(folder, read_checked_model_config(folder / CONFIG))
     # A class that finds the model's by its config has no such method
     if not (hasattr(kind, "can_generate") and kind.can_generate()):
         return None
-    seconds = max(1.0, _SECONDS_PER_WEIGHT * sum(math.prod(row.shape) for row in rows if row.converted))
+    seconds = max(1.0, _SECONDS_PER_WEIGHT * weight_count)
     time = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
     return (
-        f"--calibrate self brings the perplexity of SmolLM2-135M from {SELF_GAIN.without:.3f} to "
-        f"{SELF_GAIN.calibrated:.3f} times the dense model's; for this model it takes about {time} of CPU time, and "
+        f"--calibrate self brings the perplexity of SmolLM2-135M from {UNCALIBRATED_RATIO:.3f} to "
+        f"{SELF_CALIBRATED_RATIO:.3f} times the dense model's; for this model it takes about {time} of CPU time, and "
         "the model writes 4096 tokens"
     )
 

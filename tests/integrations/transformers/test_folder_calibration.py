@@ -17,7 +17,11 @@ from transformers import (
 import lowmem
 from lowmem import Budget, FourBit, calibrate
 from lowmem.__main__ import main
-from lowmem.integrations.transformers.folder_calibration import SELF_GAIN, calibration_batches
+from lowmem.integrations.transformers.folder_calibration import (
+    SELF_CALIBRATED_RATIO,
+    UNCALIBRATED_RATIO,
+    calibration_batches,
+)
 from lowmem.transforms.calibration.self_generated_text import self_generated_token_batches
 from tests.integrations.transformers.folders import CONFIGS, assert_same, load, write
 from tests.integrations.transformers.tokens import write_tokenizer
@@ -109,7 +113,7 @@ def test_the_command_without_calibration_names_it_with_its_gain_and_its_time(sou
     assert len(lines) == 1
     assert "takes about 1 s of CPU time" in lines[0]
     figures = re.search(r"from ([\d.]+) to ([\d.]+) times the dense model's", lines[0]).groups()
-    assert figures == (f"{SELF_GAIN.without:.3f}", f"{SELF_GAIN.calibrated:.3f}")
+    assert figures == (f"{UNCALIBRATED_RATIO:.3f}", f"{SELF_CALIBRATED_RATIO:.3f}")
     assert main(["quantize", str(source), str(tmp_path / "eight"), "--format", "int8"]) == 0
     assert "--calibrate" not in capsys.readouterr().err  # 8 bits are not calibrated
 
@@ -120,8 +124,8 @@ def test_the_gain_that_the_command_names_is_the_guides():
     rows = [[cell.strip() for cell in line.split("|")] for line in table.partition("<!-- end -->")[0].splitlines()]
     column = next(row for row in rows if "Calibrated on" in row).index("manual: perplexity / dense")
     by_data = {row[1]: row[column] for row in rows}
-    assert by_data["none"] == f"{SELF_GAIN.without:.3f}"
-    assert by_data["`self`, 4096 tokens"] == f"{SELF_GAIN.calibrated:.3f}"
+    assert by_data["none"] == f"{UNCALIBRATED_RATIO:.3f}"
+    assert by_data["`self`, 4096 tokens"] == f"{SELF_CALIBRATED_RATIO:.3f}"
 
 
 def test_the_command_divides_bits_by_the_text_and_calibrates(source, text, tmp_path, capsys):
