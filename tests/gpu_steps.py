@@ -2,12 +2,13 @@
 
 No GPU is needed: its backend serves the CPU, and launches of Triton's kernels write what plain torch computes.
 ``python -m tests.gpu_steps`` stores the counts of ``STEPS`` (``tests/kernels/gpu_steps.json``) for this version of
-torch.
+torch, and writes the table of docs/kernels.md.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,7 +35,8 @@ from lowmem.quant.tensor import QuantizedTensor
 from tests.compiled import on_threads
 
 ROOT = Path(__file__).parents[1]
-STORED = ROOT / "tests" / "kernels" / "gpu_steps.json"
+STORED, PAGE = ROOT / "tests" / "kernels" / "gpu_steps.json", ROOT / "docs" / "kernels.md"
+TABLE = re.compile(r"(?<=<!-- gpu steps -->\n).*?(?=<!-- end of gpu steps -->)", re.DOTALL)
 VERSION = ".".join(torch.__version__.split(".")[:2])
 LOWMEM = str(Path(lowmem.__file__).parent)
 
@@ -419,7 +421,20 @@ def record_step(name: str) -> RecordedStep:
         return record(make_update() if name == UPDATE else make_step(name))
 
 
+def drawn(stored: dict[str, dict[str, int]]) -> str:
+    """Return the table of docs/kernels.md."""
+    titles = list(next(iter(stored.values())))
+    head = [f"| Step | {' | '.join(titles)} |", f"| :-- |{' --: |' * len(titles)}"]
+    return (
+        "\n".join([*head, *(f"| {name} | {' | '.join(map(str, row.values()))} |" for name, row in stored.items())])
+        + "\n"
+    )
+
+
 if __name__ == "__main__":
     every = json.loads(STORED.read_text(encoding="utf8")) if STORED.exists() else {}
     every[VERSION] = {name: record_step(name).counts for name in STEPS}
     STORED.write_text(json.dumps(every, indent=1) + "\n", encoding="utf8")
+    page = PAGE.read_text(encoding="utf8")
+    assert TABLE.search(page), f"{PAGE} has no <!-- gpu steps --> ... <!-- end of gpu steps -->"
+    PAGE.write_text(TABLE.sub(lambda _: drawn(every[VERSION]), page), encoding="utf8")

@@ -10,10 +10,13 @@ from torch.nn import functional
 from lowmem import FourBit, LoRA, convert
 from lowmem.kernels import gpu, reference
 from tests.gpu_steps import (
+    PAGE,
     STEPS,
     STORED,
+    TABLE,
     VERSION,
     RecordedStep,
+    drawn,
     gpu_backend_on_cpu,
     record,
     record_step,
@@ -36,6 +39,11 @@ def test_steps_do_what_is_stored(name):
         changed = {key: (expected[key], number) for key, number in step.counts.items() if number != expected[key]}
         places = [step.float32_products, step.waits, step.launches, step.kernels]
         assert not changed, f"{name}: (stored, counted) {changed}, of {places}: python -m tests.gpu_steps stores it"
+
+
+def test_the_table_is_that_of_the_stored_figures():
+    """Of the newest version of torch that has some."""
+    assert TABLE.search(PAGE.read_text(encoding="utf8"))[0] == drawn(FIGURES[max(FIGURES)])
 
 
 def layer_step(rows: int = 64, **options) -> RecordedStep:
