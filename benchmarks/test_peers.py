@@ -1,9 +1,11 @@
-"""BigNet in the 4- and 8-bit layers of other libraries, beside ours in the same run: ``pip install '.[peers]'``.
+"""Layers of other libraries, beside ours in the same run: ``pip install '.[peers]'``.
 
-What is not installed is skipped.
+BigNet in 4- and 8-bit layers, and products of 4-bit weights with inputs in 8-bit integers. What is not installed is
+skipped.
 """
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -63,3 +65,49 @@ def test_peer(benchmark, timed, peer, dtype, batch):
 
     assert output.dtype == dtype
     assert lowmem.measure.difference(expected, output.float()).relative < 0.15
+
+
+def onnxruntime_product(stored: lowmem.QuantizedTensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return ONNX Runtime's product with a weight in q4_0: ``MatMulNBits``, which rounds inputs to 8 bits, too."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    rows, columns = stored.shape
+    codes = lowmem.unpack(stored.packed, stored.block_size).view(rows, -1, stored.block_size)
+    given = {
+        "W": codes[..., ::2] | codes[..., 1::2] << 4,  # neighbours share a byte
+        "scales": stored.scales.float().flatten() / 8,  # ours are those of levels from -1 to 7/8
+    }
+    bits = {"K": columns, "N": rows, "bits": 4, "block_size": stored.block_size, "accuracy_level": 4}
+    node = helper.make_node("MatMulNBits", ["x", *given], ["y"], domain="com.microsoft", **bits)
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", width])
+        for name, width in (("x", columns), ("y", rows))
+    ]
+    initializers = [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in given.items()]
+    graph = helper.make_graph([node], "product", ends[:1], ends[1:], initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("com.microsoft", 1)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16, 64, 256], ids="rows{}".format)
+@pytest.mark.parametrize("shape", [(576, 576), (1536, 576), (1024, 1024), (4096, 4096)], ids="{0[0]}x{0[1]}".format)
+def test_int8_product(benchmark, timed, shape, rows):
+    """The ratio is to ours: above 1, ONNX Runtime is slower."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install '.[peers]'")
+    pytest.importorskip("onnx", reason="onnx is not installed: pip install '.[peers]'")
+    benchmark.group = f"int8 products, rows {rows:3}"
+    torch.manual_seed(0)
+    technique = lowmem.FourBit("q4_0", block_size=32, scales="float16", compute_dtype=torch.int8)
+    layer = lowmem.convert(nn.Linear(*shape[::-1], bias=False), technique).eval()
+    theirs, x = onnxruntime_product(layer.quantized), torch.randn(rows, shape[1])
+
+    with torch.no_grad():
+        output = timed(lambda: theirs(x), reference=lambda: layer(x))
+        expected = x @ layer.quantized.dequantize().T
+
+    assert lowmem.measure.difference(expected, output).relative < 0.02
+    assert lowmem.measure.difference(expected, layer(x)).relative < 0.02
