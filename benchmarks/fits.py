@@ -57,36 +57,38 @@ def peft_bytes(shape: str) -> int:
     return int(linear * NF4_BITS / 8 + 4 * other + 16 * adapter)
 
 
+def known_bytes(shape: str, what: str) -> tuple[int, bool] | None:
+    """Return the largest measured peak, or what is predicted, and whether it was measured."""
+    stored = figures()
+    peaks = [one[shape][what]["peak"] for one in stored["measured"].values() if what in one.get(shape, {})]
+    planned = stored["planned"].get(shape, {}).get(what)
+    return (int(max(peaks)), True) if peaks else (planned, False) if planned else None
+
+
 def training_bytes(shape: str) -> dict[str, tuple[int, bool]]:
     """Return the bytes of each way of training, and whether they were measured."""
-    stored, found = figures(), {}
-    for way in WAYS:
-        what = f"train {LENGTH} tokens, {way}"
-        peaks = [one[shape][what]["peak"] for one in stored["measured"].values() if what in one.get(shape, {})]
-        planned = stored["planned"].get(shape, {}).get(what)
-        if planned is None:
-            planned = peft_bytes(shape) if way == "PEFT with bitsandbytes" else None
-        if peaks or planned:
-            found[way] = (int(max(peaks)), True) if peaks else (planned, False)
-    return found
+    found = {way: known_bytes(shape, f"train {LENGTH} tokens, {way}") for way in WAYS}
+    found["PEFT with bitsandbytes"] = found["PEFT with bitsandbytes"] or (peft_bytes(shape), False)
+    return {way: known for way, known in found.items() if known is not None}
 
 
 def table() -> list[str]:
     """Return the lines of the table."""
-    stored = figures()
-    step = f"train {LENGTH} tokens, fast"
-    timed = (name for name, found in stored["measured"].items() if any(step in shape for shape in found.values()))
-    machines = sorted(timed)
-    hours = (f"hours for 1,000 examples: {name}" for name in machines)
-    columns = ["Weights", "train, fast", "train, lean", "run", *hours]
+    fast, lean = (f"train {LENGTH} tokens, {mode}" for mode in ("fast", "lean"))
+    measured = figures()["measured"]
+    machines = sorted(name for name, found in measured.items() if any(fast in shape for shape in found.values()))
+    columns = ["Weights", "train, fast", "train, lean", "run"]
+    for name in machines:
+        columns += [f"hours, fast / lean: {name}", "tokens/s written"]
     lines = [f"| {' | '.join(columns)} |", f"| :-- |{' --: |' * (len(columns) - 1)}"]
     for shape, name in ROWS.items():
-        planned = stored["planned"].get(shape, {})
-        sizes = [planned.get(what) for what in (step, f"train {LENGTH} tokens, lean", "run")]
-        cells = [f"{size / 2**30:.1f}" if size else "" for size in sizes]
+        known = [known_bytes(shape, what) for what in (fast, lean, "run")]
+        cells = ["" if size is None else f"{size[0] / 2**30:.1f}" for size in known]
         for machine in machines:
-            seconds = stored["measured"][machine].get(shape, {}).get(step, {}).get("step")
-            cells.append(f"{seconds * EXAMPLES / 3600:.1f}" if seconds else "")
+            found = measured[machine].get(shape, {})
+            steps = [found[what]["step"] for what in (fast, lean) if what in found]
+            cells.append(" / ".join(f"{seconds * EXAMPLES / 3600:.1f}" for seconds in steps))
+            cells.append(f"{found['run']['decode']:.0f}" if "run" in found else "")
         lines.append(f"| {' | '.join([name, *cells])} |")
     return lines
 

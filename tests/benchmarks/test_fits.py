@@ -53,12 +53,21 @@ def test_the_alternative_text_says_what_the_picture_shows():
 def test_measured_figures_take_the_place_of_predictions_and_have_columns(monkeypatch):
     stored = fits.figures()
     peft, fast = (f"train {fits.LENGTH} tokens, {way}" for way in ("PEFT with bitsandbytes", "fast"))
-    stored["measured"]["a machine"] = {"1b": {peft: {"peak": 7 * 2**30}, fast: {"peak": 2**31, "step": 36.0}}}
+    stored["measured"] = {
+        "a machine": {
+            "1b": {
+                peft: {"peak": 7 * 2**30},
+                fast: {"peak": 2**31, "step": 36.0},
+                "run": {"peak": 2**30, "decode": 7.4},
+            }
+        }
+    }
     monkeypatch.setattr(fits, "figures", lambda: stored)
     assert fits.training_bytes("1b")["PEFT with bitsandbytes"] == (7 * 2**30, True)
     header, _, *rows = fits.table()
-    assert header.endswith("| hours for 1,000 examples: a machine |")
-    assert [row.endswith("| 10.0 |") for row in rows] == [name == "1 B" for name in fits.ROWS.values()]
+    assert "| hours, fast / lean: a machine | tokens/s written |" in header
+    assert [" | 10.0 | 7 |" in row for row in rows] == [name == "1 B" for name in fits.ROWS.values()]
+    assert ["| 2.0 |" in row for row in rows] == [name == "1 B" for name in fits.ROWS.values()]
     assert ">7.0*<" in fits.draw()
 
 
