@@ -25,15 +25,20 @@ class Format:
     Args:
         name: the key in ``FORMATS``, ``IMPORTED`` or ``EIGHT_BIT``.
         levels: 16 numbers in [-1, 1], ascending, of which two may be equal (the zeros of a floating-point format); or
-            of 8 bits ``(code - 128) / divisor``.
+            of 8 bits ``(code - 128) / divisor``. The last of the 16 is 1, and the first is -1 unless ``signed``: the
+            largest weight of a block, divided by a scale of its magnitude, falls on a level.
         block_size: default number of weights that share a scale.
         scales: default encoding of the scales, a key of ``lowmem.quant.scale_encodings.ENCODINGS``.
         source: where the levels come from.
         signed: whether a scale takes the sign of its block's largest weight. That weight then always falls on the
             largest level, and the smallest level can be closer to zero.
         search: whether scales are chosen by search by default (``lowmem.quant.scale_search``).
-        ggml_divisor: a power of two. ggml stores a scale divided by it, in float16, so that float16 scales here are
-            multiples of it times 2^-24, the least float16.
+        ggml_divisor: a power of two, by which levels of ggml are divided; these need not reach 1 or -1. ggml stores a
+            scale divided by it, in float16, so that float16 scales here are multiples of it times 2^-24, the least
+            float16.
+
+    Raises:
+        ValueError: levels that break these rules.
     """
 
     name: str
@@ -52,8 +57,15 @@ class Format:
                 f"format {short_repr(self.name)}: levels={short_repr(self.levels)} must be "
                 f"{' or '.join(map(str, counts))} ascending numbers"
             )
-        if not self.width.is_centered and (self.levels[0] < -1 or self.levels[-1] > 1):
+        if self.width.is_centered:
+            return
+        if self.levels[0] < -1 or self.levels[-1] > 1:
             raise ValueError(f"format {self.name!r}: levels={self.levels} must lie in [-1, 1]")
+        if self.ggml_divisor == 1 and not (self.levels[-1] == 1 and (self.signed or self.levels[0] == -1)):
+            raise ValueError(
+                f"format {self.name!r}: levels={self.levels} must end at 1, and begin at -1 unless signed=True: "
+                "divide them by the largest magnitude"
+            )
 
     @property
     def bits(self) -> int:

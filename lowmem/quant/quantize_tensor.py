@@ -54,33 +54,42 @@ def quantize(
     check_quantizable_weight(weight)
     if format is None:
         format, block_size = default_format_and_block_size(block_size)
-    columns = weight.shape[-1]
-    if columns == 0:
+    if weight.shape[-1] == 0:
         raise ValueError(
             f"weight.shape={tuple(weight.shape)} has empty rows: there is nothing to quantize; leave it out"
         )
     if importance is not None:
         importance = _checked_importance(importance, weight)
-    if isinstance(format, Sequence) and not isinstance(format, str):
-        tried = [
-            quantize(weight, name, block_size=block_size, scales=scales, search=search, importance=importance)
-            for name in format
-        ]
-        if not tried:
-            raise ValueError("format=() names no format: name one, or several to choose from")
-        return min(tried, key=lambda q: _column_weighted_squared_error(weight, q, importance))
+    names = [format] if isinstance(format, str) or not isinstance(format, Sequence) else format
+    tried = [_quantize_in_format(weight, name, block_size, scales, search, importance) for name in names]
+    if not tried:
+        raise ValueError("format=() names no format: name one, or several to choose from")
+    if len(tried) == 1:
+        return tried[0]
+    return min(tried, key=lambda q: _column_weighted_squared_error(weight, q, importance))
+
+
+def _quantize_in_format(
+    weight: Tensor,
+    format: str,
+    block_size: int | None,
+    scales: str | None,
+    search: bool | None,
+    importance: Tensor | None,
+) -> QuantizedTensor:
+    """Quantize a checked weight, a chunk of rows at a time, by the backend of its device."""
     form = get_format(format)
     encoding = get_scale_encoding(form.scales if scales is None else scales, form.signed)
     size = form.block_size if block_size is None else block_size
     method = checked_scale_method(form, search)
     quantized = QuantizedTensor.empty(weight.shape, form.name, size, encoding.name, method, device=weight.device)
     matrix = quantized.as_matrix()
-    rows = weight.detach().reshape(-1, columns)
+    rows = weight.detach().reshape(-1, weight.shape[-1])
     backend = backend_of(rows)
     squares = Squares.total(
         backend.quantize_rows(rows[chunk], matrix, chunk, importance)
         for chunk in row_slices_within_scratch(
-            len(rows), columns, backend.quantizing_bytes(rows, matrix), device=rows.device
+            len(rows), rows.shape[1], backend.quantizing_bytes(rows, matrix), device=rows.device
         )
     )
     # Float64 was rounded before, and what that lost counts as an error, too

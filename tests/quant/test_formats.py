@@ -22,7 +22,7 @@ def test_defaults_are_valid_and_the_key_is_the_name(form):
     check_block_size(form.block_size)
     assert form.scales in ENCODINGS
     assert FORMATS[form.name] is form
-    assert form.levels[form.zero_code] == (-1 / 15 if form.name == "int4" else 0)
+    assert form.levels[form.zero_code] == min(form.levels, key=abs)
 
 
 @every_format
@@ -54,6 +54,8 @@ def test_the_numbers_of_each_format():
     assert FORMATS["nf4"].levels[7] == 0
     assert FORMATS["nf4"].levels[13] == 0.5626170039176941
     assert [6 * level for level in FORMATS["fp4"].levels[8:]] == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    assert FORMATS["int4"].levels[FORMATS["int4"].zero_code] == -1 / 15
+    assert {FORMATS[name].levels[FORMATS[name].zero_code] for name in ("nf4", "fp4", "bof4s")} == {0}
     defaults = {"int4": (16, "float16"), "nf4": (64, "double"), "fp4": (32, "float16"), "bof4s": (64, "double")}
     defaults |= {"q4_0": (32, "float16"), "iq4_nl": (32, "float16"), "uint4": (32, "float16_offsets")}
     defaults |= {"bnb_fp4": (64, "float32"), "int8": (64, "double"), "q8_0": (32, "float16")}
@@ -82,6 +84,15 @@ def test_bof4s_is_what_normal_weights_ask_for():
 def test_wrong_levels_are_refused(levels):
     with pytest.raises(ValueError, match="levels="):
         Format("bad", levels, 16, "float16", "test")
+
+
+def test_levels_that_do_not_reach_the_ends_are_refused_but_for_those_of_ggml():
+    short_below, short_above = (-0.7, *FORMATS["nf4"].levels[1:]), (*FORMATS["nf4"].levels[:15], 0.9)
+    for levels, signed in ((short_below, False), (short_above, False), (short_above, True)):
+        with pytest.raises(ValueError, match=r"levels=.* must end at 1, and begin at -1 unless signed=True: divide"):
+            Format("bad", levels, 16, "float16", "test", signed)
+    assert Format("good", short_below, 16, "float16", "test", signed=True).end == 0.7
+    assert Format("good", short_above, 16, "float16", "test", ggml_divisor=8.0).end == 0.9
 
 
 def test_bits_follow_from_the_number_of_levels():
@@ -141,7 +152,7 @@ def test_imported_formats_have_their_programs_levels_and_keep_their_bound():
             stored = quantize(weight, name)
             assert ((weight - stored.dequantize()).abs() <= stored.error_bound()).all(), name
             assert stored.method == ("search" if IMPORTED[name].search else "absmax")
-    with pytest.raises(ValueError, match="bof4s, q4_0, iq4_nl, uint4, bnb_fp4"):
+    with pytest.raises(ValueError, match="q4_0, iq4_nl, uint4, bnb_fp4"):
         get_format("q4_1")
 
 
