@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lowmem.errors import short_repr
-from lowmem.training.adamw_8bit import AdamW8bit
+from lowmem.training.step_memory import NAMED_OPTIMIZERS
 
 DECAYS: dict[str, Callable[[float], float]] = {
     "none": lambda done: 1.0,
@@ -18,7 +18,13 @@ DECAYS: dict[str, Callable[[float], float]] = {
 }
 """Factor of the learning rate as a function of the completed share of the steps after the warm-up."""
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "adamw8bit": AdamW8bit}
+OPTIMIZERS = {name: make for name, make in NAMED_OPTIMIZERS.items() if name != "sgd"}
+"""The optimizers of ``finetune``: those whose memory is known by name, but for SGD, which couples weight decay.
+
+The loop calls one with ``(parameters, lr=, weight_decay=)``, and a dry run with the parameters alone. Before each
+step it sets the learning rate of ``param_groups[0]``. A saved state holds what is in ``state[parameter]``: tensors,
+and numbers that JSON can hold, under names without dots.
+"""
 
 # AdamW computes lr / (1 - 0.9) in its first step; 0.09 instead of 0.1 leaves a margin for rounding.
 LARGEST_LR = 0.09 * torch.finfo(torch.float32).max
@@ -125,10 +131,10 @@ class FineTuning:
         return total
 
     def lr_at(self, step: int, total_steps: int) -> float:
-        """Return the learning rate of a step; the first of ``steps`` is 0.
+        """Return the learning rate of a step, from 0 to ``total_steps - 1``.
 
-        It rises linearly, is ``lr`` after the warm-up, and decays so that it would be 0 at step ``steps`` (but for
-        "none").
+        It rises linearly, is ``lr`` after the warm-up, and decays so that it would be 0 at step ``total_steps`` (but
+        for "none").
         """
         warmup = self.warmup
         if self.warmup_ratio is not None:

@@ -23,10 +23,10 @@ from lowmem.transforms.memory_plan import OPTIMIZERS
 from lowmem.transforms.model_summary import aligned_table_lines
 from lowmem.transforms.module_registry import check_is_module
 
-NAMED_OPTIMIZERS: MappingProxyType[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = MappingProxyType(
+NAMED_OPTIMIZERS: MappingProxyType[str, Callable[..., torch.optim.Optimizer]] = MappingProxyType(
     {**OPTIMIZERS, "adamw8bit": AdamW8bit}
 )
-"""The optimizers that ``training_memory`` knows by name."""
+"""The optimizers that ``training_memory`` knows by name; ``finetune`` trains with all but "sgd"."""
 
 # Stands for the layer's class where activations are made outside of any module
 _LOSS = "loss"

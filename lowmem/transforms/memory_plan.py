@@ -45,9 +45,11 @@ from lowmem.transforms.module_replacement import (
     iterate_integrations_or_warn,
 )
 
-OPTIMIZERS: MappingProxyType[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = MappingProxyType(
+OPTIMIZERS: MappingProxyType[str, Callable[..., torch.optim.Optimizer]] = MappingProxyType(
     {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 )
+"""The optimizers that ``plan`` knows."""
+
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 # Bytes that a product with a stored weight takes at most, beside its output

@@ -1,11 +1,14 @@
 """Bad settings are refused before anything is done; learning rates are those of torch's own schedulers."""
 
+import json
+
 import pytest
 import torch
+from torch import nn
 from torch.optim import lr_scheduler
 
 from lowmem import FineTuning
-from lowmem.finetuning.settings import DECAYS, LARGEST_LR
+from lowmem.finetuning.settings import DECAYS, LARGEST_LR, OPTIMIZERS
 
 NONE = (0, -1, 1.5, True, "3")
 
@@ -18,7 +21,7 @@ def test_values_out_of_their_range_are_named():
         ("seed", -1),
         ("seed", 2**63),
         ("decay", "exp"),
-        ("optimizer", "sgd"),
+        ("optimizer", "none"),
         ("weight_decay", -0.1),
         ("warmup_ratio", -0.1),
         ("warmup_ratio", 1),
@@ -74,3 +77,24 @@ def test_every_step_has_a_rate_above_zero_and_none_above_the_peak():
         for warmup in (0, 1, 6):
             found = [FineTuning(lr=1.0, warmup=warmup, decay=decay).lr_at(step, 7) for step in range(7)]
             assert 0 < min(found) <= max(found) <= 1
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_is_called_steps_and_is_saved_as_the_loop_does(name):
+    """Each step reads the rate of its only group. Weight decay is decoupled: it does not need a gradient."""
+    assert FineTuning(optimizer=name).optimizer == name
+    parameter = nn.Parameter(torch.randn(64, 96, generator=torch.Generator().manual_seed(0)))
+    OPTIMIZERS[name]([parameter])
+    optimizer = OPTIMIZERS[name]([parameter], lr=1.0, weight_decay=0.25)
+    (group,) = optimizer.param_groups
+    before = parameter.detach().clone()
+    for rate, left in ((0.0, 1.0), (0.5, 0.875)):
+        group["lr"], parameter.grad = rate, torch.zeros_like(parameter)
+        optimizer.step()
+        assert torch.equal(parameter, left * before)
+    parameter.grad = before.clone()
+    optimizer.step()
+    assert ((parameter.detach() - 0.875**2 * before) * before < 0).all()
+    for key, value in optimizer.state[parameter].items():
+        assert "." not in key
+        assert torch.is_tensor(value) or json.loads(json.dumps(value)) == value

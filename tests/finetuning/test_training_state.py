@@ -12,6 +12,7 @@ import torch
 import lowmem
 from lowmem import FileError
 from lowmem.finetuning import training_state
+from lowmem.finetuning.settings import OPTIMIZERS
 from lowmem.finetuning.training_state import (
     FILES,
     KIND,
@@ -173,7 +174,7 @@ def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch):
     assert [one.name for one in tmp_path.iterdir()] == [FILES[0]]
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, lowmem.AdamW8bit])
+@pytest.mark.parametrize("kind", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_parameters_and_optimizer_come_back_to_the_bit(kind, tmp_path):
     def made(seed):
         with pytest.warns(UserWarning, match="add nothing"):  # more than the layers' ranks
