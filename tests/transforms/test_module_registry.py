@@ -23,25 +23,25 @@ from lowmem.transforms.tied_weights import owners_and_paths_by_parameter_id
 from tests.selection import covering
 from tests.transforms.models import Cosine, Subclass
 
-KINDS = {
-    "Linear": lambda: nn.Linear(40, 6),
-    "Subclass": lambda: Subclass(40, 6),
-    "Transposed": lambda: Transposed(40, 6),
-    "Embedding": lambda: nn.Embedding(6, 40),
-    "EmbeddingBag": lambda: nn.EmbeddingBag(6, 40),
-    "Conv1d": lambda: nn.Conv1d(8, 6, 3),
-    "Conv2d": lambda: nn.Conv2d(4, 6, 3),
-    "Conv3d": lambda: nn.Conv3d(4, 6, 3),
-    "ConvTranspose1d": lambda: nn.ConvTranspose1d(8, 6, 3),
-    "ConvTranspose2d": lambda: nn.ConvTranspose2d(8, 6, 3),
-    "ConvTranspose3d": lambda: nn.ConvTranspose3d(8, 6, 3),
-    "Bilinear": lambda: nn.Bilinear(6, 20, 4),
-    "LSTM": lambda: nn.LSTM(16, 24, 2, bidirectional=True, proj_size=8),
-    "GRU": lambda: nn.GRU(16, 24),
-    "RNNCell": lambda: nn.RNNCell(16, 24),
-    "MultiheadAttention": lambda: nn.MultiheadAttention(16, 2),
-    "Attention of other keys": lambda: nn.MultiheadAttention(16, 2, kdim=8, vdim=12),
-    "Experts": lambda: Experts(),
+KINDS = {  # what makes a module, and the shape of an input behind the leading dimensions; () of an embedding
+    "Linear": (lambda: nn.Linear(40, 6), (40,)),
+    "Subclass": (lambda: Subclass(40, 6), (40,)),
+    "Transposed": (lambda: Transposed(40, 6), (40,)),
+    "Embedding": (lambda: nn.Embedding(6, 40), ()),
+    "EmbeddingBag": (lambda: nn.EmbeddingBag(6, 40), ()),
+    "Conv1d": (lambda: nn.Conv1d(8, 6, 3), (8, 5)),
+    "Conv2d": (lambda: nn.Conv2d(4, 6, 3), (4, 5, 5)),
+    "Conv3d": (lambda: nn.Conv3d(4, 6, 3), (4, 5, 5, 5)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(8, 6, 3), (8, 5)),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(8, 6, 3), (8, 3, 3)),
+    "ConvTranspose3d": (lambda: nn.ConvTranspose3d(8, 6, 3), (8, 3, 3, 3)),
+    "Bilinear": (lambda: nn.Bilinear(6, 20, 4), (6,)),
+    "LSTM": (lambda: nn.LSTM(16, 24, 2, bidirectional=True, proj_size=8), (16,)),
+    "GRU": (lambda: nn.GRU(16, 24), (16,)),
+    "RNNCell": (lambda: nn.RNNCell(16, 24), (16,)),
+    "MultiheadAttention": (lambda: nn.MultiheadAttention(16, 2), (16,)),
+    "Attention of other keys": (lambda: nn.MultiheadAttention(16, 2, kdim=8, vdim=12), (16,)),
+    "Experts": (lambda: Experts(), (8,)),
 }
 
 
@@ -79,7 +79,7 @@ class Experts(nn.Module):
 @pytest.mark.parametrize("technique", [FourBit("nf4", embeddings="4bit"), Half(torch.bfloat16)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_an_entry_names_is_stored_in_a_module_that_stays_one_of_its_class(kind, technique):
-    dense = KINDS[kind]()
+    dense = KINDS[kind][0]()
     names = storable_parameter_names(dense)
     assert names
     assert all(dense._parameters[name].dim() >= 2 and "bias" not in name for name in names)
@@ -88,7 +88,7 @@ def test_what_an_entry_names_is_stored_in_a_module_that_stays_one_of_its_class(k
     made = convert(dense, technique)
     assert stored_computation_text(made) == ("dequantized, a layer at a time" if kind == "LSTM" else "as stored")
     assert made is dense
-    assert isinstance(made, type(KINDS[kind]()))
+    assert isinstance(made, type(KINDS[kind][0]()))
     assert applied_technique_type_or_none(made) is type(technique)
     assert {*names} <= {*made.forms} <= {*names, "bias"}
     for name in names:
@@ -110,13 +110,10 @@ def test_a_layer_with_a_forward_of_its_own_is_of_the_class_that_it_replaces(made
 
 
 def test_the_first_entry_that_fits_serves():
-    for kind, make in KINDS.items():
+    for kind, (make, _) in KINDS.items():
         assert sum(entry.matches(make()) for entry in ENTRIES) == 1, kind
 
 
-SHAPES = {"Conv1d": (8, 5), "Conv2d": (4, 5, 5), "Conv3d": (4, 5, 5, 5), "ConvTranspose1d": (8, 5)}
-SHAPES |= {"ConvTranspose2d": (8, 3, 3), "ConvTranspose3d": (8, 3, 3, 3)}
-COLUMNS = {"Bilinear": 6, "GRU": 16, "LSTM": 16, "RNNCell": 16, "MultiheadAttention": 16, "Experts": 8}
 LINEAR = ("Linear", "Subclass", "Transposed")
 
 
@@ -126,7 +123,7 @@ def called(kind, module, rows, dtype):
         x = torch.randint(0, 6, (2, 3))
     else:
         leading = rows if kind in LINEAR else (2,)
-        x = torch.randn(*leading, *SHAPES.get(kind, (COLUMNS.get(kind, 40),)), dtype=dtype, requires_grad=True)
+        x = torch.randn(*leading, *KINDS[kind][1], dtype=dtype, requires_grad=True)
     if kind == "Bilinear":
         return x, module(x, x.repeat_interleave(4, -1)[..., :20])
     out = module(x, x, x) if "Attention" in kind else module(x)
@@ -149,7 +146,7 @@ def test_what_a_layer_returns_can_be_written_to(rows, dtype, training, technique
     monkeypatch.setattr(kernels.cpu.CpuBackend, "fast_bfloat16", True)
     left_out = ("LSTM", "RNNCell", "Attention of other keys") if rows == (1,) and training else KINDS.keys() - LINEAR
     for kind in [one for one in KINDS if one not in left_out]:
-        module = KINDS[kind]().to(dtype)
+        module = KINDS[kind][0]().to(dtype)
         adapts = conversion_skip_reason(LoRA, module, user_selected=True) is None
         techniques = [one for one in (technique, LoRA(2) if adapts else None) if one]
         model = convert(nn.Sequential(module), *techniques, where=lambda *_: True) if techniques else [module]

@@ -78,7 +78,7 @@ class Kinds(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        own = {kind: make() for kind, make in KINDS.items() if kind not in ("LSTM", "Attention of other keys")}
+        own = {kind: make() for kind, (make, _) in KINDS.items() if kind not in ("LSTM", "Attention of other keys")}
         own |= {"LSTM": nn.LSTM(16, 24), "weight norm": parametrizations.weight_norm(nn.Conv1d(8, 8, 3))}
         own |= {"Conv1D": Conv1D(6, 40), "padded": nn.Conv2d(4, 6, 3, stride=2, padding="valid", groups=2)}
         own |= {"reflects": nn.Conv1d(8, 6, 3, padding="same", padding_mode="reflect", bias=False)}
