@@ -291,5 +291,5 @@ def named_trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trainable_parameters_and_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return what training changes: ``trained``, and buffers such as the running statistics of BatchNorm."""
+    """Return what training changes: parameters, and buffers such as the running statistics of BatchNorm."""
     return {**named_trainable_parameters(model), **current_buffers_by_name(unwrap_data_parallel(model))}

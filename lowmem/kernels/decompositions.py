@@ -33,7 +33,7 @@ def register_decomposition(operator_name: str) -> Callable[[Callable[..., Tensor
 
 
 def decomposed_dequantize(packed: Tensor, scales: Tensor, description: str, dtype: torch.dtype) -> Tensor:
-    """Return the matrix (rows, columns) of ``parts_of`` a weight in ``dtype``."""
+    """Return the matrix (rows, columns) of ``codes_scales_and_description`` in ``dtype``."""
     columns, (format, block_size, scale_encoding), _ = parse_quantization_description(description)
     form = get_format(format)
     codes = form.width.unpack_float_rows(packed.float(), block_size, columns)

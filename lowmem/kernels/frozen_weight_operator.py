@@ -44,7 +44,7 @@ class FrozenWeightOperator:
         record: calls the declared operator with the same arguments.
         derivatives: maps (x, *rest) to the ``rest`` with which f maps a tangent of x to that of the output, and the
             ``rest`` with which f maps a gradient of the output to that of x; None: there is no gradient.
-        differentiable: computes it where a gradient is needed; None: ``node``.
+        differentiable: computes it where a gradient is needed; None: ``compute_as_autograd_node``.
         rows_share_weight: whether each row of x meets the same weight, so that the rows of several inputs are one
             input.
     """
@@ -155,7 +155,7 @@ def _compute_or_record(f: FrozenWeightOperator, x: Tensor, weight: Weight, *rest
 
 
 def codes_scales_and_description(weight: QuantizedTensor | QuantizedOperands) -> tuple[Tensor, Tensor, str]:
-    """Return the codes, the scales and the text of a 4-bit matrix, of which ``stored`` makes it again."""
+    """Return the codes, the scales and the text of a 4-bit matrix, for ``quantized_tensor_from_operands``."""
     if isinstance(weight, QuantizedOperands):
         return weight.packed, weight.scales, weight.description
     return weight.packed, weight.scales, quantization_description(weight, weight.shape[-1])
@@ -220,7 +220,7 @@ def parse_quantization_description(description: str) -> tuple[int, tuple[str, in
 
 
 def quantized_tensor_from_operands(packed: Tensor, scales: Tensor, description: str) -> QuantizedTensor:
-    """Return the matrix (rows, columns) of ``parts_of`` a weight, with what was cached for it before.
+    """Return the matrix (rows, columns) of ``codes_scales_and_description``, with what was cached for it before.
 
     The scales may be given as their bytes.
     """
@@ -298,7 +298,7 @@ def _save_for_derivatives(ctx: Any, f: FrozenWeightOperator, x: Tensor, weight: 
 def _vmapped_output_and_dim(
     function: Callable[..., Tensor], rows_share_weight: bool, info: Any, in_dims: Sequence[Any], x: Tensor, *rest: Any
 ) -> tuple[Tensor, int]:
-    """Return what vmap makes of ``call(x, *rest)``, examples in ``in_dims``, and the dimension of the examples."""
+    """Return what vmap makes of ``function(x, *rest)`` with examples in ``in_dims``, and the dimension of these."""
     several = [dim is not None for dim, item in zip(in_dims[1:], rest, strict=True) if isinstance(item, Tensor)]
     # Such as weights or biases of several models
     if in_dims[0] is None or any(several) or not rows_share_weight:

@@ -96,7 +96,7 @@ def check_input_dtype_and_width(x: Tensor, in_features: int) -> None:
 
 
 def call_on_flattened_batch(function: Callable[..., Tensor], x: Tensor, weight: Weight, *arguments: Any) -> Tensor:
-    """Return ``function(x, weight, *rest)`` of an input (..., in) for a function that takes (batch, in)."""
+    """Return ``function(x, weight, *arguments)`` of an input (..., in) for a function that takes (batch, in)."""
     check_input_dtype_and_width(x, weight.shape[1])
     return function(x.flatten(0, -2), weight, *arguments).view(*x.shape[:-1], weight.shape[0])
 
@@ -112,10 +112,10 @@ def linear(
 ) -> Tensor:
     """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (..., in) -> (..., out), in ``dtype``.
 
-    Where torch is slow at ``dtype`` (``matmul_dtype``), the dequantized weight is not rounded to it, and products are
-    computed in float32. With torch.int8 the input, and the levels of formats that need it, are rounded to 8 bits
-    (``lowmem.kernels.int8_rounding``); products are summed in float32, and the result has the dtype of x. Offsets are
-    multiplied with the sums of the input over blocks, of which neither is rounded.
+    Where torch is slow at ``dtype`` (``fast_matmul_dtype``), the dequantized weight is not rounded to it, and
+    products are computed in float32. With torch.int8 the input, and the levels of formats that need it, are rounded
+    to 8 bits (``lowmem.kernels.int8_rounding``); products are summed in float32, and the result has the dtype of x.
+    Offsets are multiplied with the sums of the input over blocks, of which neither is rounded.
 
     Args:
         x: floating point (..., in), of at least two dimensions.

@@ -82,7 +82,7 @@ def _single_adapter_property(attribute_name: str) -> Any:
 
 
 class LoRALinear(AdaptedModule):
-    """Base of the classes of ``adapted_forward.LINEAR`` with adapters: ``y = W x + b + sum s B A x``.
+    """Base of the classes of ``lora_forward.LINEAR`` with adapters: ``y = W x + b + sum s B A x``.
 
     ``convert`` and ``add_adapter`` change a layer's class to a subclass of both this and the layer's own class.
     """

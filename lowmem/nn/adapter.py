@@ -292,7 +292,7 @@ class Adapter(nn.Module):
         return LowRankUpdate(b, a, self.scaling, self.dropout, self)
 
     def left_and_right_of_stacked_matrix(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return ``left`` and ``right`` of ``update`` for one matrix of a stack.
+        """Return ``left`` and ``right`` of ``low_rank_update`` for one matrix of a stack.
 
         Experts are read one by one, and the gradient of ``a[number]`` is as large as the whole stack. So the stack is
         unbound once and cached while its values stay the same; backward then makes the stack's gradient only once.

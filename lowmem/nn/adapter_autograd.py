@@ -211,8 +211,8 @@ def cast_cached_on_tensor(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _AdaptedProductFunction(torch.autograd.Function):
     """``x W^T + bias + s (d A^T) B^T``: (..., in) -> (rows, out); d is ``dropped``, x after dropout, or x itself.
-    ``weight`` is W, or W^T if ``transposed``; ``kept`` is d to be saved, unless ``again`` is given, which recomputes
-    d."""
+    ``weight`` is W, or W^T if ``transposed``; ``saved_input`` is d to be saved, unless ``recompute`` is given, which
+    computes d again."""
 
     @staticmethod
     def forward(

@@ -23,7 +23,7 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
         x: floating point (..., in); the result has its dtype.
         weight: float16 or bfloat16 (out, in), or a QuantizedTensor of that shape.
         dtype: to compute in; torch.int8 multiplies 8-bit integers, unless a gradient of x is recorded: then the
-            product and its gradient are computed in ``kernels.recorded_dtype``.
+            product and its gradient are computed in ``kernels.differentiable_dtype``.
         bias: floating point (out,), or None.
     """
     plain = can_bypass_autograd(x, bias)

@@ -154,7 +154,7 @@ class FourBit(BlockwiseTechnique):
             experts, torch's attention); None takes the input's. With torch.int8, linear layers round inputs, to 8
             bits, and levels to steps (``lowmem.kernels.int8_rounding``), and multiply integers: the fastest
             products of 16 rows and more with AVX-512 VNNI, which add about 1.5% to a language model's perplexity.
-            While gradients are recorded, layers compute in floats (``lowmem.kernels.recorded_dtype``); other
+            While gradients are recorded, layers compute in floats (``lowmem.kernels.differentiable_dtype``); other
             modules use the dtype of the input.
         search: whether to search for the scales with the smallest squared error; None does as the format's default.
         offsets: whether each block has an offset, too, the middle of its weights: scales become "float16_offsets" or

@@ -224,5 +224,5 @@ def product_result_dtype(compute_dtype: torch.dtype, input_dtype: torch.dtype) -
 
 
 def set_backend(device_type: str, backend: Backend) -> None:
-    """Let a backend serve a device type; ``lowmem.kernels.register`` also tells torch's dispatcher."""
+    """Let a backend serve a device type; ``lowmem.kernels.register_backend`` also tells torch's dispatcher."""
     _backends[device_type] = backend

@@ -170,7 +170,7 @@ _WIDENED = 2**9
 
 class _OutputWeightMatmul:
     """Multiplies with an output layer's weight, dense or stored, in one dtype; a dense one in float32 where torch is
-    slow at that (``matmul_dtype``)."""
+    slow at that (``fast_matmul_dtype``)."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.dtype, self.of_torch = dtype, kernels.fast_matmul_dtype(dtype, weight)

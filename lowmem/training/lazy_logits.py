@@ -49,7 +49,7 @@ class _DeferredLogitsProduct:
             )
 
     def with_transformed_hidden(self, transform: Callable[[Tensor], Tensor]) -> _DeferredLogitsProduct:
-        """Return the product with ``move(hidden)`` as hidden states."""
+        """Return the product with ``transform(hidden)`` as hidden states."""
         self.check_weight_and_input_unmodified()
         hidden = transform(self.hidden)
         return replace(self, hidden=hidden, versions=_weight_and_input_versions(self.layer, hidden))

@@ -33,7 +33,7 @@ def split_into_bfloat16_and_rest(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_bfloat16_and_rest(parameter: Tensor, rest: Tensor) -> Tensor:
-    """Return the float32 numbers that ``split`` was given."""
+    """Return the float32 numbers that ``split_into_bfloat16_and_rest`` was given."""
     upper = parameter.detach().contiguous().view(torch.int16).to(torch.int32)
     return (upper << 16).add_(rest).view(torch.float32)
 

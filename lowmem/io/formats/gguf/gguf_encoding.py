@@ -115,7 +115,7 @@ def nearest_gguf_weight(weight: QuantizedTensor | Tensor, format: str) -> Quanti
 
 
 def block_row_bytes(blocks: QuantizedTensor) -> Tensor:
-    """Return the bytes of a weight that ``in_blocks`` or ``nearest`` returned: uint8 (rows, bytes)."""
+    """Return the bytes of a weight in blocks of 32, as ``nearest_gguf_weight`` returns it: uint8 (rows, bytes)."""
     divisor, matrix = _scale_divisor_or_none(blocks.format), blocks.as_matrix()
     scales, *offsets = _reblocked_scales_and_offsets(matrix, SIZE)
     packed = matrix.packed.view(*scales.shape, -1)  # (rows, blocks, 16 or 32)

@@ -97,7 +97,7 @@ class GGUFTransformersNameMap:
         )
 
     def gguf_name(self, transformers_name: str) -> str:
-        """Return the name in GGUF of a weight of the model: what ``model_name`` turns back."""
+        """Return the name in GGUF of a weight of the model: what ``transformers_name_or_none`` turns back."""
         path, _, kind = transformers_name.rpartition(".")
         layer = _LAYER.fullmatch(path)
         parts = _ENDS if layer is None else self.family.parts
