@@ -124,20 +124,51 @@ def function_lengths(path: Path) -> dict[str, int]:
     return {f"{prefix}{node.name}": node.end_lineno - node.lineno + 1 for prefix, node in functions}
 
 
-def test_the_tours_lead_to_functions_that_fit_a_screen():
-    """Three tours of at most six stops; what defines a stop is a function, too, or torch's."""
+def tours() -> list[list[list[str]]]:
+    """Return the cells of each stop of the three tours: its function, what to see, and what a test holds it to."""
     section = PAGE.read_text(encoding="utf8").partition("## Three tours")[2].partition("\n## ")[0]
-    tours = [re.findall(r"^\| (`.*) \|$", part, re.MULTILINE) for part in section.split("| :-- | :-- | :-- |")[1:]]
-    assert len(tours) == 3
-    assert all(1 < len(stops) <= 6 for stops in tours)
-    for stop in (stop for stops in tours for stop in stops):
-        first, _, last = stop.split(" | ") if not stop.endswith(" |") else (*stop[:-2].split(" | "), "")
-        named = re.findall(r"`(lowmem/[\w/]+\.py)`, `([\w.]+)`", f"{first} {last}")
-        assert re.match(r"`lowmem/[\w/]+\.py`, `[\w.]+`$", first), stop
-        for file, name in named:
-            assert function_lengths(ROOT / file)[name] < 60, f"{name} of {file}"
-        for name in re.findall(r"`torch\.([\w.]+)`", last):
-            assert callable(operator.attrgetter(name)(torch)), name
+    rows = [re.findall(r"^\| (`.*)\|$", part, re.MULTILINE) for part in section.split("| :-- | :-- | :-- |")[1:]]
+    return [[[cell.strip() for cell in row.split("|")] for row in stops] for stops in rows]
+
+
+def test_the_tours_lead_to_functions_that_fit_a_screen():
+    """Three tours of at most six stops; what a stop is held to is a file or a function, or torch's."""
+    assert len(tours()) == 3
+    for stops in tours():
+        assert 1 < len(stops) <= 6
+        for first, _, last in stops:
+            assert re.match(r"`lowmem/[\w/]+\.py`, `[\w.]+`$", first), first
+            for file, name in re.findall(r"`(lowmem/[\w/]+\.py)`, `([\w.]+)`", f"{first} {last}"):
+                assert function_lengths(ROOT / file)[name] < 60, f"{name} of {file}"
+            for name in re.findall(r"`torch\.([\w.]+)`", last):
+                assert callable(operator.attrgetter(name)(torch)), name
+
+
+def names_in(path: Path, function: str) -> set[str]:
+    """Return the names in a function; in a method; or in a class, if its ``forward`` is given: autograd calls all."""
+    text = path.read_text(encoding="utf8")
+    nodes = ast.parse(text).body
+    for part in function.removesuffix(".forward").split("."):
+        found = next(node for node in nodes if getattr(node, "name", None) == part)
+        nodes = getattr(found, "body", [])
+    return set(re.findall(r"\w+", ast.get_source_segment(text, found) or ""))
+
+
+def test_each_stop_of_a_tour_is_called_by_one_above():
+    """Or by the last of the functions that its row names, the first of which a stop above calls."""
+    paths = [Path(lowmem.__file__).parent / path for path in MODULES]
+    files = {
+        name: path for path in paths for name in re.findall(r"^def (\w+)\(", path.read_text("utf8"), re.MULTILINE)
+    }
+    for stops in tours():
+        called: set[str] = set()
+        for number, (first, text, _) in enumerate(stops):
+            file, name = re.findall(r"`([^`]+)`", first)
+            for between in re.findall(r"`(\w+)`", text):
+                if between in called and between in files:
+                    called |= names_in(files[between], between)
+            assert number == 0 or name.removesuffix(".forward").rpartition(".")[2] in called, first
+            called |= names_in(ROOT / file, name)
 
 
 def test_each_folder_says_what_it_may_import_and_where_to_begin():
