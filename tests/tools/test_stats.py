@@ -247,7 +247,7 @@ def test_techniques_that_fit_are_proposed(results):
         (["torch.nn:Identity", "--plan", "FourBit"], "nothing to convert: FourBit looks for"),
         (["bignet", "--plan", "FourBit,Half"], "Half cannot follow the techniques before it"),
         (["stats_absent:make", "--plan", "Half"], "cannot import 'stats_absent'"),
-        (["nothing", "--plan", "Half"], "variant='nothing' is unknown"),
+        (["nothing", "--plan", "Half"], "model='nothing' is no variant, and no folder here: name"),
         (["stats_models:Values", "--at-most", "1GiB"], "its forward needs the values of tensors"),
         (["stats_models:Exits", "--at-most", "1GiB"], "SystemExit: 3"),
         (["stats_models:frozen", "--input-shape", "12", "--training", "adamw"], "--rank N adds adapters"),
