@@ -422,13 +422,16 @@ def record_step(name: str) -> RecordedStep:
 
 
 def drawn(stored: dict[str, dict[str, int]]) -> str:
-    """Return the table of docs/kernels.md."""
+    """Return the table of docs/kernels.md: a line for a step, fast / lean where they differ."""
     titles = list(next(iter(stored.values())))
-    head = [f"| Step | {' | '.join(titles)} |", f"| :-- |{' --: |' * len(titles)}"]
-    return (
-        "\n".join([*head, *(f"| {name} | {' | '.join(map(str, row.values()))} |" for name, row in stored.items())])
-        + "\n"
-    )
+    lines = [f"| Step, fast / lean | {' | '.join(titles)} |", f"| :-- |{' --: |' * len(titles)}"]
+    by_step: dict[str, list[dict[str, int]]] = {}
+    for name, row in stored.items():
+        by_step.setdefault(name.removesuffix(", fast").removesuffix(", lean"), []).append(row)
+    for name, rows in by_step.items():
+        cells = (" / ".join(dict.fromkeys(str(row[title]) for row in rows)) for title in titles)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
