@@ -336,18 +336,24 @@ def warn_of_requantization_errors(
     merge_results: Mapping[AdaptedModule, MergedCopyAndErrors], layer_paths: Mapping[AdaptedModule, str]
 ) -> None:
     """Warn of the errors of weights that were quantized to 4 or 8 bits again, if there are any."""
-    errors, bits = dict[str, float](), set[int]()
+    errors, bits, lost = dict[str, float](), set[int](), 0
     for layer, done in merge_results.items():
-        for name, (_, after) in done.errors.items():
+        for name, (before, after) in done.errors.items():
             form = done.layer.forms.get(name) if isinstance(done.layer, StoredModule) else None
             if isinstance(form, CodedForm) and after:
                 errors[layer_display_name(layer_or_parameter_path(layer_paths[layer], name))] = after
                 bits.add(get_format(form.format).bits)
+                lost += after > before / 2
     if errors:
         worst, stored = max(errors, key=errors.__getitem__), " and ".join(map(str, sorted(bits)))
+        loss = (
+            f"; in {lost} of them that is more than half of what the adapter changed: merge into 16 bits"
+            if lost
+            else ""
+        )
         warnings.warn(
             f"merge quantized {len(errors)} adapted weights to {stored} bits again: that adds a relative error of "
-            f"{sum(errors.values()) / len(errors):.3g} on average, at most {errors[worst]:.3g} ({worst})",
+            f"{sum(errors.values()) / len(errors):.3g} on average, at most {errors[worst]:.3g} ({worst}){loss}",
             stacklevel=5,  # the caller of the function that both decorators wrap
         )
 

@@ -138,7 +138,7 @@ def test_an_adapter_is_refused_with_the_command_that_helps(tmp_path, refused, mo
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     told = refused("serve", str(adapter))
-    assert f"adapters: default; lowmem merge BASE {adapter} OUT writes a model to serve" in told
+    assert f"adapters: default; lowmem merge BASE {adapter} OUT --to bfloat16 writes a model to serve" in told
     (adapter / "other").mkdir()
     (adapter / "other" / "adapter_config.json").write_text("{}")
     assert f"adapters: default, other; lowmem merge BASE {adapter} OUT --adapter NAME" in refused(

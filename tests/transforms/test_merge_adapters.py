@@ -52,12 +52,15 @@ def test_merge_into_a_half_base_rounds_once(base, linear, rank, seed):
 def test_merge_into_a_4bit_base_quantizes_again_and_says_the_error(linear, rank, seed):
     layer = strategies.make_adapted(linear, "4-bit", rank, seed=seed)
     target = layer.quantized.dequantize() + layer.adapters.default.weight.delta()
+    changed = relative_error(target, layer.quantized)  # by the adapter
     with pytest.warns(UserWarning, match=r"quantized 1 adapted weights to 4 bits again.*relative error of") as caught:
         merged = merge(layer)
     assert type(merged) is Linear4Bit
     assert torch.equal(merged.packed, quantize(target, "nf4", block_size=16).packed)
     error = relative_error(target, merged.quantized)
     assert f"at most {error:.3g} (the model itself)" in str(caught[0].message)
+    told = "; in 1 of them that is more than half of what the adapter changed: merge into 16 bits"
+    assert str(caught[0].message).endswith(told) is (error > changed / 2)
 
 
 @every_base

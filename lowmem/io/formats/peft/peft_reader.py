@@ -126,7 +126,8 @@ def check_not_adapters_only(folder: Path, action: str) -> None:
     if names := adapter_folders_without_model(folder):
         which = " --adapter NAME" if len(names) > 1 else ""
         why = f"it has no model, but adapters: {printable_line(', '.join(names))}"
-        raise file_error(folder, f"{why}; lowmem merge BASE {folder} OUT{which} writes a model to {action}", action)
+        command = f"lowmem merge BASE {folder} OUT{which} --to bfloat16"
+        raise file_error(folder, f"{why}; {command} writes a model to {action}", action)
 
 
 def _check_is_safetensors_peft_folder(folder: Path) -> None:
