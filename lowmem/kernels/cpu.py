@@ -123,12 +123,17 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
         """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (..., in) -> (..., out)."""
         if is_recording_operations():
             return reference.linear(x, weight, dtype, bias, low_rank)
-        native_weight = self._cached_native_weight_or_none(weight)
-        if x.dtype is dtype and native_weight is not None:
+        in_int8 = dtype is torch.int8 and low_rank is None
+        native_weight = self._cached_native_weight_or_none(weight, _IN_INT8 if in_int8 else _AS_FLOATS)
+        if native_weight is not None and (in_int8 or x.dtype is dtype):
             handle, packed, scales = native_weight
-            a, b, scaling = _NO_LOW_RANK if low_rank is None else low_rank
             threads = torch.get_num_threads()
-            out = self._linear(self._isa, handle, packed, scales, x, bias, threads, a, b, scaling)
+            out: _Product
+            if in_int8:
+                out = self._native_linear_inputs8(self._isa, handle, packed, scales, x, bias, threads)
+            else:
+                a, b, scaling = _NO_LOW_RANK if low_rank is None else low_rank
+                out = self._linear(self._isa, handle, packed, scales, x, bias, threads, a, b, scaling)
             if out is not None and out is not False:
                 return out
         if x.dim() != 2:
@@ -194,13 +199,8 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
 
     def _linear_with_int8_inputs(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """Multiply 8-bit integers; or, in float32, inputs rounded to them; or fall back to plain torch."""
-        native_weight, threads = self._cached_native_weight_or_none(weight, _IN_INT8), torch.get_num_threads()
-        if native_weight is not None:
-            out = self._native_linear_inputs8(self._isa, *native_weight, x, bias, threads)
-            if out is not None:
-                return out
         if isinstance(weight, QuantizedTensor) and x.dtype in TYPES and x.dim() == 2 and is_plain_cpu_tensor(x):
-            x = x.contiguous()
+            x, threads = x.contiguous(), torch.get_num_threads()
             bias = bias if bias is None or is_c_vector(bias, weight.shape[0]) else bias.float().contiguous()
             nbytes = 4 * sum(weight.shape)
             for native_weight in self._cached_then_new_native_weights(weight, _IN_INT8):
