@@ -61,8 +61,8 @@ def plans(kernel: CpuBackend) -> dict[tuple[str, str, str], str]:
     return {key: text for key, text in made.items() if text}
 
 
-def lines(name: str, cells: dict[tuple[str, str, str], str]) -> list[str]:
-    """Return the lines of an ISA: weights and dtypes that have the same cell share one."""
+def lines(cells: dict[tuple[str, str, str], str]) -> list[str]:
+    """Return the lines of an ISA, without its name: weights and dtypes that have the same cell share one."""
     shared: dict[tuple[str, str], dict[str, list[str]]] = {}
     for (product, weight, dtype), text in cells.items():
         shared.setdefault((product, text), {}).setdefault(weight, []).append(dtype)
@@ -71,7 +71,7 @@ def lines(name: str, cells: dict[tuple[str, str, str], str]) -> list[str]:
         for dtypes in {tuple(of): None for of in weights.values()}:
             alike = ", ".join(weight for weight, of in weights.items() if tuple(of) == dtypes)
             given = "any" if len(dtypes) == len(DTYPES) else ", ".join(dtypes)
-            found.append(f"| {name} | {product} | {alike} | {given} | {text} |")
+            found.append(f"{product} | {alike} | {given} | {text} |")
     return found
 
 
@@ -92,20 +92,26 @@ def extended(kernel: CpuBackend) -> str:
 
 
 def drawn(page: str) -> str:
-    """Return the table: an ISA has the lines of the one that it extends, too, where it has none of its own.
+    """Return the table: an ISA has the lines of the one that it extends, too, where it has none of its own, and ISAs
+    share the lines that they have alike.
 
     Lines of ISAs that are not compiled on this machine are those of the page.
     """
     isas = compiled_isas()
     made = {name: plans(kernel) for name, kernel in isas.items()}
-    table = ["| ISA | Product | Weight | Input | Rows of the input and kernel |", "| :-- | :-- | :-- | :-- | :-- |"]
+    isas_by_line: dict[str, list[str]] = {}
     for name in ISAS:
         if name in made:
             inherited = made.get(extended(isas[name]), {})
             own = {key for key, text in made[name].items() if text != inherited.get(key) or is_own(isas[name], key)}
-            table += lines(name, {key: text for key, text in made[name].items() if key in own})
+            found = lines({key: text for key, text in made[name].items() if key in own})
         else:
-            table += [line for line in page.splitlines() if line.startswith(f"| {name} |")]
+            rows = (line.removeprefix("| ").split(" | ", 1) for line in page.splitlines())
+            found = [rest for names, *rests in rows for rest in rests if name in names.split(", ")]
+        for line in found:
+            isas_by_line.setdefault(line, []).append(name)
+    table = ["| ISA | Product | Weight | Input | Rows of the input and kernel |", "| :-- | :-- | :-- | :-- | :-- |"]
+    table += [f"| {', '.join(names)} | {line}" for line, names in isas_by_line.items()]
     return "\n".join(table) + "\n"
 
 
