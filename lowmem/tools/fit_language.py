@@ -36,6 +36,7 @@ from lowmem.io.adapter_files import load_adapter
 from lowmem.io.filesystem import exclusive_write_lock
 from lowmem.io.training_record import RECORD_FILE, StorageTechnique, kept_base_or_none
 from lowmem.nn.dot_product_attention import float32_attention_mode_if_faster
+from lowmem.testing.disturbance import thread_wait_seconds_or_none
 from lowmem.tools.arguments import select_local_rank_device
 from lowmem.tools.fit_config import options_as_text
 from lowmem.tools.fit_dry_run import print_planned_memory
@@ -72,6 +73,8 @@ from lowmem.transforms.module_registry import adaptable_parameter_names
 from lowmem.transforms.named_adapters import add_adapter
 
 TIMED_STEPS = 5
+# Seconds that threads wait for cores in a second of steps, from which on other programs cost much of the time
+BUSY = 0.5
 """Steps after which the time that is left, as the first step has it, is corrected."""
 
 
@@ -398,6 +401,7 @@ class _StepReporter:
     def __init__(self, stream: Any, device: torch.device) -> None:
         self._out, self._device, self._seconds, self._tokens, self._steps = stream, device, 0.0, 0, 0
         self._first_seconds = 0.0
+        self._waited_before = thread_wait_seconds_or_none()
 
     def __call__(self, step: Step, update: Callable[..., None], writers: Sequence[MetricsWriter]) -> None:
         """Show a step."""
@@ -419,6 +423,7 @@ class _StepReporter:
                 if others >= TIMED_STEPS:
                     text += f"; corrected after step {step.number + TIMED_STEPS - 1}"
             print(text, file=self._out, flush=True)
+            self._print_busy_processor_hint()
         memory = process_peak_bytes_or_none(self._device)
         speed = self._tokens / max(self._seconds, 1e-9)
         figures = f"{tokens_per_second_text(speed)} tokens/s" + (
@@ -439,6 +444,20 @@ class _StepReporter:
             clock = f"{int(left) // 60}:{int(left) % 60:02} left"
             text = f"step {step.number}/{step.steps}  loss {step.loss:.4f}{held_out}  {figures}  {clock}"
             print(text, file=self._out, flush=True)
+
+    def _print_busy_processor_hint(self) -> None:
+        """Say what helps where threads wait for cores: those of libgomp spin, unless they are told not to."""
+        waited = thread_wait_seconds_or_none() if self._device.type == "cpu" and sys.platform == "linux" else None
+        if waited is None or self._waited_before is None or {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+            return
+        waited -= self._waited_before
+        if waited > BUSY * self._seconds:
+            print(
+                f"other programs take the processor: in {self._seconds:.2g} s of steps, threads waited {waited:.2g} "
+                "s for a core. Beside them, steps are faster with GOMP_SPINCOUNT=1000 before the command (--resume)",
+                file=self._out,
+                flush=True,
+            )
 
     def run_statistics(self) -> dict[str, Any]:
         """Return what this process has measured, as JSON."""

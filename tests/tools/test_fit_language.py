@@ -445,6 +445,41 @@ def test_after_the_first_step_its_warm_up_counts_no_more(capsys):
     ]
 
 
+@pytest.mark.parametrize(
+    ("platform", "given", "waits", "said"),
+    [
+        (
+            "linux",
+            {},
+            (1.0, 1.0 + 9.0, 1.0 + 13.0),
+            ["in 10 s of steps, threads waited 9 s", "in 14 s of steps, threads waited 13 s"],
+        ),
+        ("linux", {}, (1.0, 1.0 + 4.9, 1.0 + 6.9), []),
+        ("linux", {"GOMP_SPINCOUNT": "0"}, (1.0, 10.0, 14.0), []),
+        ("linux", {"OMP_WAIT_POLICY": "passive"}, (1.0, 10.0, 14.0), []),
+        ("darwin", {}, (1.0, 10.0, 14.0), []),
+        ("linux", {}, (None, None, None), []),
+    ],
+    ids=["busy", "quiet", "spin count set", "wait policy set", "another OpenMP", "not counted"],
+)
+def test_where_threads_wait_for_cores_the_remedy_is_named(platform, given, waits, said, capsys, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "platform", platform)
+    following = iter(waits)
+    monkeypatch.setattr(fit_language, "thread_wait_seconds_or_none", lambda: next(following))
+    report = fit_language._StepReporter(sys.stdout, torch.device("cpu"))
+    for number in range(1, 8):
+        report(loop.Step(number, 7, 1.0, 1.0, 1e-3, 8, 10.0 if number == 1 else 1.0), lambda **_: None, [])
+    hints = [line for line in capsys.readouterr().out.splitlines() if line.startswith("other programs")]
+    assert len(hints) == len(said)
+    for hint, part in zip(hints, said, strict=True):
+        assert part in hint
+        assert "GOMP_SPINCOUNT=1000" in hint
+
+
 def test_each_perplexity_is_printed_once_also_by_a_run_that_goes_on(place, capsys, monkeypatch):
     argv = ["fit", "llama", "--data", "text.txt", "--length", "48", "--steps", "3", "--eval-share", "0.2"]
     argv += ["--compare-dense", "--save", "out"]
