@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
@@ -33,7 +32,10 @@ from lowmem.tools.chat_arguments import (
 from lowmem.tools.command_exit import INTERRUPTED
 from lowmem.tools.compute_argument import add_compute_argument, print_compute_cost, set_compute_dtype
 from lowmem.tools.hub_arguments import add_revision_argument, fetch_base, fetch_model, parse_model_path
-from lowmem.tools.output import progress_display, warnings_printed_as_notes
+from lowmem.tools.output import progress_display, tokens_per_second_text, warnings_printed_as_notes
+
+if TYPE_CHECKING:
+    from lowmem.integrations.transformers.text_generation import TokenTimingStreamer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,6 +169,7 @@ def _answer_stdin_lines(generator: _TextGenerator, system: str | None, remembers
         if line.strip():
             messages = [*messages, {"role": "user", "content": line.strip()}]
             answer = {"role": "assistant", "content": generator.stream_chat_reply(messages)}
+            generator.print_speed_and_memory()
             messages = [*messages, answer] if remembers else first_messages
 
 
@@ -182,7 +185,7 @@ class _TextGenerator:
         template_kwargs: Mapping[str, Any],
     ) -> None:
         self._template_kwargs = template_kwargs
-        self._model, self._tokenizer, self._count, self._seconds = model, tokenizer, 0, 0.0
+        self._model, self._tokenizer, self._speed = model, tokenizer, ""
         self._options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "eos_token_id": end_token_ids}
         if arguments.temperature == 0:
             self._options["do_sample"] = False
@@ -206,9 +209,8 @@ class _TextGenerator:
 
     def stream_continuation(self, inputs: Any) -> str:
         """Write the text that follows the inputs, and return it."""
-        from lowmem.integrations.transformers.text_generation import TokenCountingStreamer
+        from lowmem.integrations.transformers.text_generation import TokenTimingStreamer
 
-        streamer = TokenCountingStreamer(self._tokenizer)
         if self._cache_bits is not None:
             from lowmem.integrations.transformers import KeyValueCache
 
@@ -217,7 +219,7 @@ class _TextGenerator:
         length = tensors["input_ids"].shape[1]
         if not length:
             raise ValueError("the prompt has no tokens: write a text to continue")
-        start = perf_counter()
+        streamer = TokenTimingStreamer(self._tokenizer)
         try:
             generated = self._model.generate(**tensors, **self._options, streamer=streamer)
         except ValueError as error:
@@ -226,14 +228,35 @@ class _TextGenerator:
                 raise ValueError(f"generation_config.json of {str(self._name)!r}: {why}") from error
             raise
         finally:
-            self._count += streamer.count
-            self._seconds += perf_counter() - start
+            self._speed = _speed_text(length, streamer)
         text: str = self._tokenizer.decode(generated[0, length:], skip_special_tokens=True)
         return text
 
     def print_speed_and_memory(self) -> None:
-        """Print how fast it was, and what the process took."""
-        peak = process_peak_bytes_or_none(self._model.device)
-        memory = "" if peak is None else f"; peak memory {peak / 2**20:.0f} MiB"
-        speed = self._count / max(self._seconds, 1e-9)
-        print(f"{self._count} tokens in {self._seconds:.1f} s: {speed:.1f} tokens a second{memory}", file=sys.stderr)
+        """Print how fast the last text was, once, and what the process took; nothing if no token was written."""
+        if self._speed:
+            peak = process_peak_bytes_or_none(self._model.device)
+            memory = "" if peak is None else f"; peak memory {peak / 2**20:.0f} MiB"
+            print(f"{self._speed}{memory}", file=sys.stderr)
+        self._speed = ""
+
+
+def _speed_text(prompt_tokens: int, streamer: TokenTimingStreamer) -> str:
+    """Return the speed of the prompt's computation and, apart, that of writing; "" if no token was written."""
+    if streamer.prompt_seconds is None:
+        return ""
+    prompt = f"prompt of {_token_count_text(prompt_tokens)} and first new token"
+    text = f"{prompt} {_seconds_and_speed_text(prompt_tokens, streamer.prompt_seconds)}"
+    if not streamer.later_count:
+        return text
+    later = _seconds_and_speed_text(streamer.later_count, streamer.later_seconds())
+    return f"{text}, {_token_count_text(streamer.later_count, 'more ')} written {later}"
+
+
+def _token_count_text(count: int, adjective: str = "") -> str:
+    return f"{count} {adjective}token{'s' * (count != 1)}"
+
+
+def _seconds_and_speed_text(token_count: int, seconds: float) -> str:
+    speed = tokens_per_second_text(token_count / max(seconds, 1e-9))
+    return f"in {seconds:.2f} s ({speed} tokens a second)"

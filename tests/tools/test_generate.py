@@ -1,7 +1,9 @@
 """``lowmem generate`` writes what the model's own ``generate`` makes, for each kind of file that holds a model."""
 
+import functools
 import io
 import json
+import re
 import shutil
 import signal
 import sys
@@ -11,7 +13,7 @@ import torch
 
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import lowmem
 from lowmem.__main__ import main
@@ -67,7 +69,7 @@ def test_without_a_gpu_device_is_one_line(no_gpu, folders):
 def generated(capsys, *arguments) -> str:
     assert main(["generate", *map(str, arguments), "--max-new-tokens", "8"]) == 0
     found = capsys.readouterr()
-    assert "tokens a second; peak memory" in found.err
+    assert "tokens a second); peak memory" in found.err
     return found.out.removesuffix("\n")
 
 
@@ -177,9 +179,11 @@ def test_a_line_is_a_turn_or_begins_a_conversation(options, folders, tmp_path, c
     AutoModelForCausalLM.from_pretrained(folders / "dense").save_pretrained(tmp_path / "chat")
     tokenizer.save_pretrained(tmp_path / "chat")
     asked = []
+    own = _TextGenerator.stream_chat_reply
 
     def reply(self, messages):
         asked.append([message["content"] for message in messages])
+        own(self, messages)
         return "yes"
 
     monkeypatch.setattr("lowmem.tools.generate._TextGenerator.stream_chat_reply", reply)
@@ -222,18 +226,72 @@ def test_a_chat_is_as_the_adapter_was_trained_unless_it_is_told_otherwise(folder
 
 
 def test_an_interrupt_keeps_what_was_written(folders, capsys, monkeypatch):
-    from lowmem.integrations.transformers.text_generation import TokenCountingStreamer
+    from lowmem.integrations.transformers.text_generation import TokenTimingStreamer
 
-    put = TokenCountingStreamer.put
+    put = TokenTimingStreamer.put
 
     def interrupted(self, value):
         put(self, value)
-        if self.count == 3:
+        if self.later_count == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(TokenCountingStreamer, "put", interrupted)
+    monkeypatch.setattr(TokenTimingStreamer, "put", interrupted)
     assert main(["generate", str(folders / "dense"), "--prompt", "abc"]) == 130
-    assert capsys.readouterr().err.startswith("3 tokens in ")
+    assert figures(capsys.readouterr().err) == [(3, 2)]
+
+
+def figures(told: str) -> list[tuple[int, int]]:
+    """The tokens of each prompt, and those that were written after the first: times and speeds must be there."""
+    speed = r"in [0-9]+\.[0-9]{2} s \([0-9.]+ tokens a second\)"
+    line = rf"prompt of ([0-9]+) tokens? and first new token {speed}(, ([0-9]+) more tokens? written {speed})?"
+    peak = r"; peak memory [0-9]+ MiB"
+    found = [re.fullmatch(line + peak, text) for text in told.splitlines() if text.startswith("prompt of")]
+    return [(int(one[1]), int(one[3] or 0)) for one in found]
+
+
+@pytest.mark.parametrize("new", [1, 2, 8])
+def test_the_speed_of_the_prompt_and_that_of_what_is_written_are_apart(folders, capsys, new):
+    tokenizer = AutoTokenizer.from_pretrained(folders / "dense")
+    for prompt in ("a", "abc" * 40):
+        options = ["--prompt", prompt, "--temperature", "0", "--max-new-tokens", str(new)]
+        assert main(["generate", str(folders / "dense"), *options]) == 0
+        told = capsys.readouterr().err
+        count = len(tokenizer(prompt)["input_ids"])
+        assert figures(told) == [(count, new - 1)]
+        assert ("prompt of 1 token and" in told) == (count == 1)
+        assert (", 1 more token written in" in told) == (new == 2)
+
+
+def test_the_first_new_token_belongs_to_the_time_of_the_prompt(folders, capsys, monkeypatch):
+    """By a clock that only the model moves: 2 s for a call with the prompt, 0.5 s for one with a new token."""
+    clock = [7.0]
+    monkeypatch.setattr("lowmem.integrations.transformers.text_generation.perf_counter", lambda: clock[0])
+    forward = LlamaForCausalLM.forward
+
+    @functools.wraps(forward)
+    def timed(self, *args, **named):
+        clock[0] += 2 if named["input_ids"].shape[1] > 1 else 0.5
+        return forward(self, *args, **named)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", timed)
+    count = len(AutoTokenizer.from_pretrained(folders / "dense")("abc" * 9)["input_ids"])
+    options = ["--prompt", "abc" * 9, "--temperature", "0", "--max-new-tokens", "5"]
+    assert main(["generate", str(folders / "dense"), *options]) == 0
+    told = capsys.readouterr().err
+    assert f"prompt of {count} tokens and first new token in 2.00 s ({count / 2:.0f} tokens a second)" in told
+    assert ", 4 more tokens written in 2.00 s (2 tokens a second)" in told
+
+
+def test_each_answer_of_a_chat_has_its_speed_and_an_empty_one_none(folders, tmp_path, capsys, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(folders / "dense")
+    tokenizer.chat_template = CHAT
+    AutoModelForCausalLM.from_pretrained(folders / "dense").save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    for said, number in (("hello\nand\n", 2), ("\n", 0)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+        options = ["--chat", "--no-history", "--temperature", "0", "--max-new-tokens", "3"]
+        assert main(["generate", str(tmp_path / "chat"), *options]) == 0
+        assert len(figures(capsys.readouterr().err)) == number
 
 
 @pytest.mark.usefixtures("terminal_signals")

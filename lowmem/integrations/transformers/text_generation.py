@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from transformers import TextStreamer
@@ -32,21 +33,33 @@ from lowmem.io.training_record import StorageTechnique, kept_base_or_none, read_
 from lowmem.transforms.named_adapters import activate, adapter_names, deactivate
 
 
-class TokenCountingStreamer(TextStreamer):  # type: ignore[misc]
-    """Writes the text of the new tokens to stdout as they are made, and counts them.
+class TokenTimingStreamer(TextStreamer):  # type: ignore[misc]
+    """Writes the text of the new tokens to stdout as they are made, and times the prompt and what follows apart.
 
     Attributes:
-        count: of the new tokens, with those that end a text.
+        prompt_seconds: from the making of this object to the end of the first step, which computes the prompt and
+            the first new token; None before that.
+        later_count: of the tokens of later steps, with those that end a text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.count = 0
+        self.later_count = 0
+        self.prompt_seconds: float | None = None
+        self._start = perf_counter()
 
     def put(self, value: Any) -> None:
         """Take the prompt, at first, or the next tokens."""
-        self.count += 0 if self.next_tokens_are_prompt else value.numel()
+        if not self.next_tokens_are_prompt:
+            if self.prompt_seconds is None:
+                self.prompt_seconds = perf_counter() - self._start
+            else:
+                self.later_count += value.numel()
         super().put(value)
+
+    def later_seconds(self) -> float:
+        """Return the time since the first step; 0.0 before its end."""
+        return 0.0 if self.prompt_seconds is None else perf_counter() - self._start - self.prompt_seconds
 
 
 def adapter_base_path(adapter_folder: Path, fetch_base: Callable[[str, str | None], Path] = download_model) -> Path:
