@@ -9,6 +9,9 @@ from pathlib import Path
 from lowmem.errors import error_type_and_first_line, printable_line
 from lowmem.io.model_folder import WEIGHT_FILE_ENDINGS
 
+MODEL_KINDS = "a folder, a GGUF file, owner/name of the Hub"
+"""What names a language model, for errors."""
+
 HUB_SECONDS = 10
 """To wait for the Hub's first answer."""
 

@@ -21,6 +21,7 @@ from lowmem.transforms.module_registry import Technique
 
 DEVICES = ("cpu", "cuda")
 DEFAULT_RANK = 16  # of adapters of language models, unless another is given
+THREADS_EPILOG = "OMP_NUM_THREADS=N in the environment sets the number of threads."
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 

@@ -190,7 +190,7 @@ def _export_base_and_adapter(
     from lowmem.integrations.transformers.text_generation import adapter_base_and_technique
 
     folder, adapter_name = resolve_adapter_path_and_name(arguments.source, arguments.adapter)
-    named_base = None if arguments.base is None else fetch_model(arguments.base)
+    named_base = None if arguments.base is None else fetch_model(arguments.base, argument="--base")
     base, technique = adapter_base_and_technique(folder, named_base, arguments.dense_base, fetch_base)
     check_outside_inputs(arguments.out, {"the base": base})
     kind, prompts = "gguf" if format_name == "gguf" else "peft", None

@@ -9,11 +9,12 @@ from lowmem.finetuning.metrics import LOGS
 from lowmem.finetuning.preferences import DEFAULT_BETA
 from lowmem.finetuning.settings import DECAYS, OPTIMIZERS
 from lowmem.io.filesystem import exclusive_write_lock
-from lowmem.io.hub_names import HubName, is_hub_name
+from lowmem.io.hub_names import MODEL_KINDS, HubName, is_hub_name
 from lowmem.io.training_record import KEPT_BASE, RECORD_FILE
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS, IMPORTED
 from lowmem.tools import fit_classifier, fit_language
 from lowmem.tools.arguments import (
+    THREADS_EPILOG,
     add_device_argument,
     add_for_llama_cpp_argument,
     option_string,
@@ -35,6 +36,7 @@ from lowmem.variants import VARIANTS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
+    parser.epilog = THREADS_EPILOG
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -300,8 +302,8 @@ def run(arguments: argparse.Namespace) -> int:
         return fit_language.run(arguments, base)
     if ":" not in arguments.model and arguments.model not in VARIANTS:
         raise ValueError(
-            f"model={arguments.model!r} is neither an existing folder nor a variant ({', '.join(VARIANTS)}): name a "
-            "folder of a language model, or module:factory"
+            f"model={arguments.model!r} is neither an existing folder nor a variant ({', '.join(VARIANTS)}): name "
+            f"{MODEL_KINDS}, or module:factory"
         )
     if arguments.configured_run is not None:
         raise ValueError(

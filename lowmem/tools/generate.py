@@ -16,6 +16,7 @@ from lowmem.io.hub_names import displayed_model_name
 from lowmem.io.remote_code import has_trust_remote_code_in_text
 from lowmem.io.training_record import RECORD_FILE
 from lowmem.tools.arguments import (
+    THREADS_EPILOG,
     add_device_argument,
     option_string,
     parse_nonnegative_float,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
+    parser.epilog = THREADS_EPILOG
     parser.add_argument(
         "model",
         type=parse_model_path,
@@ -116,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--chat-template={NO_TEMPLATE}: --chat needs a template: give --prompt in its place")
     arguments.model = fetch_model(arguments.model, arguments.revision)
     shown_name = f"open {displayed_model_name(arguments.model)}"
-    base = None if arguments.base is None else fetch_model(arguments.base)
+    base = None if arguments.base is None else fetch_model(arguments.base, argument="--base")
     recorded = read_recorded_chat_settings(arguments.model, RECORD_FILE)
     with (
         delayed_transformers_log(),

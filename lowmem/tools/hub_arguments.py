@@ -8,7 +8,9 @@ from pathlib import Path
 
 from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from lowmem.io.hub_names import HubName, is_hub_name
+from lowmem.errors import quoted_path
+from lowmem.io.filesystem import read_errors_with_path
+from lowmem.io.hub_names import MODEL_KINDS, HubName, is_hub_name
 from lowmem.tools.arguments import parse_nonempty_path
 from lowmem.tools.output import progress_display, warnings_printed_as_notes
 
@@ -27,11 +29,26 @@ def parse_model_path(text: str) -> Path | HubName:
     return HubName(text) if is_hub_name(text) else parse_nonempty_path(text)
 
 
-def fetch_model(model: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
+def fetch_model(
+    model: str | Path,
+    revision: str | None = None,
+    *,
+    weights: bool = True,
+    argument: str = "MODEL",
+    kinds: str = f"{MODEL_KINDS}, or a safetensors file",
+) -> Path:
     """Return a path as it is, and for a name of the Hub the folder in its cache, which is fetched with a bar.
 
+    Args:
+        model: a path, or a ``HubName``.
+        revision: of a name of the Hub.
+        weights: whether to fetch them, too.
+        argument: the argument or option that names the model, for errors.
+        kinds: what it may name, for errors.
+
     Raises:
-        ValueError: as ``download_model``, or ``revision`` of a path.
+        ValueError: as ``download_model``, ``revision`` of a path, or a path of nothing.
+        OSError: the system cannot tell whether the path exists.
     """
     if not isinstance(model, HubName):
         if revision is not None:
@@ -39,7 +56,12 @@ def fetch_model(model: str | Path, revision: str | None = None, *, weights: bool
                 f"--revision={revision!r} applies to a name on the Hub, owner/name, and {str(model)!r} is a path: "
                 "leave it out"
             )
-        return Path(model)
+        path = Path(model)
+        with read_errors_with_path(path):
+            is_here = path.exists()
+        if not is_here:
+            raise ValueError(f"{argument}={quoted_path(path)} is no file or folder here: name {kinds}")
+        return path
     from lowmem.integrations.transformers.hub_models import download_model
 
     columns = DownloadColumn, TimeRemainingColumn

@@ -72,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     inputs = None if arguments.inputs is None else import_and_call_batch_function(arguments.inputs)
-    arguments.base = fetch_model(arguments.base, arguments.revision)
-    arguments.adapter = fetch_model(arguments.adapter)
+    arguments.base = fetch_model(arguments.base, arguments.revision, argument="BASE")
+    arguments.adapter = fetch_model(arguments.adapter, argument="ADAPTER")
     check_outside_inputs(arguments.out, {"BASE": arguments.base, "ADAPTER": arguments.adapter})
     to: Any = "same format" if arguments.to is None else DTYPES[arguments.to]
     user_errors = (

@@ -20,6 +20,7 @@ from lowmem.bignet import BigNet
 from lowmem.errors import error_type_and_first_line, exception_text, short_repr
 from lowmem.io.filesystem import has_magic_bytes
 from lowmem.io.formats.gguf.gguf_file import MAGIC
+from lowmem.io.hub_names import MODEL_KINDS
 from lowmem.tools.output import (
     is_stdout_or_stderr_pipe_closed,
     preserved_stdout_and_stderr,
@@ -89,10 +90,7 @@ def factory_and_techniques(
     return factory, variant_techniques(variant, rank)
 
 
-_MODEL_NAMES = (
-    "a variant that `lowmem stats` lists, a folder of transformers, a GGUF file, owner/name of the Hub, or "
-    "module:factory"
-)
+_MODEL_NAMES = f"a variant that `lowmem stats` lists, {MODEL_KINDS}, or module:factory"
 
 
 def _variant_and_factory(model_name: str) -> tuple[str, Callable[[], nn.Module]]:

@@ -225,7 +225,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"--{option} does not apply to --format {arguments.format}, which has 8 bits: leave it out"
             )
-    arguments.source = fetch_model(arguments.source, arguments.revision)
+    arguments.source = fetch_model(arguments.source, arguments.revision, argument="IN")
     check_outside_inputs(arguments.target, {"IN": arguments.source})
     if arguments.resume is not None:
         check_outside_inputs(arguments.resume, {"IN": arguments.source, "OUT": arguments.target}, "--resume")

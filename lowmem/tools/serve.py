@@ -40,7 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     of_name = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_revision_argument(of_name, "FOLDER")
     named, options = of_name.parse_known_args(arguments.options)
-    folder = fetch_model(arguments.folder, named.revision)
+    kinds = "a folder or owner/name of the Hub"
+    folder = fetch_model(arguments.folder, named.revision, argument="FOLDER", kinds=kinds)
     cached = hub_name_and_commit_or_none(folder.resolve())
     name = folder.resolve().name if cached is None else cached[0]
     from transformers.utils.import_utils import is_serve_available

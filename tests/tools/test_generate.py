@@ -310,7 +310,7 @@ def test_an_interrupt_while_the_model_is_read_ends_it_with_130(folders, capsys, 
     [
         (
             ["adapter.safetensors", "--prompt", "a"],
-            "is no GGUF file: if it is an adapter's file, name its base with --base",
+            "is no model: name a folder, a GGUF file, owner/name of the Hub, or an adapter's file and its base, --ba",
         ),
         (["dense", "--base", "stored", "--prompt", "a"], "applies to adapters alone"),
         (["two", "--prompt", "a"], "choose one of default, other with --adapter"),
@@ -324,7 +324,12 @@ def test_an_interrupt_while_the_model_is_read_ends_it_with_130(folders, capsys, 
         (["dense", "--prompt", "a", "--system", "s"], "--system applies to --chat: add it, or leave the option out"),
         (["dense", "--prompt", "a", "--no-history"], "--no-history applies to --chat: add it, or leave"),
         (["dense", "--chat", "--chat-template", "none"], "--chat-template=none: --chat needs a template"),
-        (["missing", "--prompt", "a"], "missing"),
+        (["missing", "--prompt", "a"], "MODEL='missing' is no file or folder here: name a folder, a GGUF"),
+        (["dense/config.json", "--prompt", "a"], "'dense/config.json' is no model: name a folder, a GGUF"),
+        (
+            ["dense/config.json", "--base", "dense", "--prompt", "a"],
+            "'dense/config.json': it is no safetensors file",
+        ),
         (["dense", "--prompt", ""], "has no tokens"),
     ],
 )

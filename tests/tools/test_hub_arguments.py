@@ -11,9 +11,11 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import lowmem
 from lowmem.__main__ import main
-from lowmem.io.hub_names import HubName
+from lowmem.io.hub_names import MODEL_KINDS, HubName
 from lowmem.tools.hub_arguments import fetch_model, parse_model_path
 from tests.test_guides import write_chat_model
 from tests.test_readme import ON_YOUR_DATA, ROOT
@@ -44,10 +46,52 @@ def test_what_is_exactly_an_owner_and_a_name_is_a_name_of_the_hub(tmp_path, monk
         parse_model_path("")
 
 
-def test_a_path_stays_as_it_is_and_has_no_revision():
+def test_a_path_stays_as_it_is_and_has_no_revision(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("me/llama").mkdir(parents=True)
     assert fetch_model(Path("me/llama")) == Path("me/llama")
     with pytest.raises(ValueError, match=r"--revision='v1' applies to a name on the Hub, owner/name, and 'llama' is"):
         fetch_model(Path("llama"), "v1")
+
+
+@pytest.mark.parametrize(
+    ("command", "argument"),
+    [
+        (["generate", "helper", "--prompt", "a"], "MODEL"),
+        (["generate", "llama", "--base", "helper", "--prompt", "a"], "--base"),
+        (["quantize", "helper", "out"], "IN"),
+        (["merge", "helper", "llama", "out"], "BASE"),
+        (["merge", "llama", "helper", "out"], "ADAPTER"),
+        (["serve", "helper"], "FOLDER"),
+        (["export", "adapter", "out.gguf", "--base", "helper"], "--base"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_model_that_is_not_here_is_named_by_its_argument_with_what_it_may_be(place, refused, command, argument):
+    if command[1] == "adapter":
+        model = lowmem.add_adapter(nn.Sequential(nn.Linear(8, 8)), "default", lowmem.LoRA(2))
+        lowmem.save_adapter(model, "adapter", format="peft", base_name="llama")
+    said = refused(*command)
+    kinds = "a folder or owner/name of the Hub" if argument == "FOLDER" else f"{MODEL_KINDS}, or a safetensors file"
+    assert f"{argument}='helper' is no file or folder here: name {kinds}" in said
+
+
+def test_every_command_names_the_same_kinds_of_a_model(place, refused):
+    for command in (["fit", "helper", *FIT], ["stats", "helper"], ["generate", "text.txt", "--prompt", "a"]):
+        assert MODEL_KINDS in refused(*command)
+
+
+def test_a_name_that_no_file_has_is_told_with_the_systems_reason(refused):
+    assert "cannot read 'aaaa" in refused("generate", "a" * 300, "--prompt", "a")
+
+
+@pytest.mark.parametrize("command", ["generate", "fit"])
+def test_help_says_what_sets_the_number_of_threads(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "OMP_NUM_THREADS=N in the environment sets the number of threads" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_an_adapter_names_its_base_and_commit_and_answers_from_the_cache(hub, capsys, monkeypatch):

@@ -102,7 +102,7 @@ def test_a_variant_applies_to_a_factory(user_models):
         ("user_models:wrong", "it returned a int, not a torch.nn.Module"),
         ("user_models:small@q4", "variant='q4' is unknown"),
         ("q4", r"model='q4' is no variant, and no folder here: name a variant .*a GGUF file, owner/name of the Hub"),
-        ("absent.safetensors", "model='absent.safetensors' is no folder: name a variant .*, a folder of"),
+        ("absent.safetensors", "model='absent.safetensors' is no folder: name a variant .*, a folder, a GGUF"),
         ("user_models.py", "model='user_models.py' is a file: name a variant"),
         ("", "variant='' is unknown: choose from"),
         ("user_models:small@", "variant='' is unknown: choose from"),

@@ -28,7 +28,7 @@ from lowmem.io.adapter_files import (
 from lowmem.io.filesystem import has_magic_bytes
 from lowmem.io.formats.gguf.gguf_file import MAGIC
 from lowmem.io.formats.peft.peft_reader import CONFIG, adapter_folders_without_model
-from lowmem.io.hub_names import is_hub_name
+from lowmem.io.hub_names import MODEL_KINDS, is_hub_name
 from lowmem.io.training_record import StorageTechnique, kept_base_or_none, read_training_technique_or_none
 from lowmem.transforms.named_adapters import activate, adapter_names, deactivate
 
@@ -144,7 +144,9 @@ def open_model_and_tokenizer(
     is_alone = bool(adapter_folders_without_model(path))
     if is_alone or (path.is_file() and not has_magic_bytes(path, MAGIC)):
         if base is None and not is_alone:
-            raise ValueError(f"{str(path)!r} is no GGUF file: if it is an adapter's file, name its base with --base")
+            raise ValueError(
+                f"{str(path)!r} is no model: name {MODEL_KINDS}, or an adapter's file and its base, --base MODEL"
+            )
         place, name = resolve_adapter_path_and_name(path, adapter_name)
         base_path, technique = adapter_base_and_technique(place, base, dense_base, fetch_base)
         if technique is None:
