@@ -402,6 +402,7 @@ def test_for_llama_cpp_refuses_a_model_that_export_does_not_write(quantized, inp
     config.write_text(json.dumps(CONFIG))
     code, said = quantized("a dense folder", "--for", "llama.cpp")
     assert (code, said.count("export to GGUF: exact, so that llama.cpp computes with")) == (0, 1)
+    assert "train" not in said  # nothing was
     record = {"quant_method": "lowmem: import lowmem.integrations.transformers", "version": 1, "layers": []}
     config.write_text(json.dumps(CONFIG | {"quantization_config": record}))
     code, said = quantized("a dense folder", "--for", "llama.cpp")

@@ -61,7 +61,7 @@ class GGUFOutlook:
         if self.refusal is not None:
             return f"no export to GGUF: {self.refusal}"
         if self.inexact is None:
-            return f"export to GGUF: exact, so that llama.cpp computes with the weights that are trained on{like}"
+            return f"export to GGUF: exact, so that llama.cpp computes with the weights as they are stored{like}"
         return f"export to GGUF: not exact, since {self.inexact}; {self.remedy} trains on a base that is{like}"
 
 
