@@ -23,6 +23,7 @@ from lowmem.training.fused import GatedMLPSpec, RMSNormSpec
 from lowmem.training.fusion_recognition import probe_fusion_spec_or_reason
 from lowmem.training.prepared_module import (
     PreparedModule,
+    PreparedModuleReport,
     prepend_prepared_class,
     release_prepared_modules,
     unprepared_shallow_copy,
@@ -140,13 +141,14 @@ def inference_report(model: nn.Module) -> dict[str, str]:
 
     Of modules that were left as they are, those that look like RMS norms, gated MLPs or blocks are listed. A prepared
     module is called as before on other devices than CPUs, and where a module inside it has hooks; its text says so.
-    The text of a model of transformers says in which ways of generating keys and values grow in place.
+    The text of a model of transformers says in which ways of generating keys and values grow in place. ``print``
+    shows one line for all layers of a role.
 
     Raises:
         TypeError: the model is not a module.
     """
     check_is_module(model)
-    reasons, report = _LEFT.get(model, {}), {}
+    reasons, report = _LEFT.get(model, {}), PreparedModuleReport()
     for module, paths in all_paths_by_module(model).items():
         if module in _HOOKS:
             left = f"as before: {reasons[module]}; " if module in reasons else ""

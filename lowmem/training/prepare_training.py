@@ -27,6 +27,7 @@ from lowmem.training.fusion_recognition import probe_fusion_spec_or_reason
 from lowmem.training.lazy_logits import make_logits_lazy
 from lowmem.training.prepared_module import (
     PreparedModule,
+    PreparedModuleReport,
     is_prepared,
     release_prepared_modules,
     trainable_parameters_or_raise,
@@ -150,13 +151,14 @@ def training_report(model: nn.Module) -> dict[str, str]:
     """Return what ``prepare_training`` did to each module, by path ("" is the model), and why it left others alone.
 
     Of modules that were left as they are, output layers and those that look like RMS norms or gated MLPs are listed.
-    The text of a module on another device than the CPU says that plain torch computes it there.
+    The text of a module on another device than the CPU says that plain torch computes it there. ``print`` shows one
+    line for all layers of a role.
 
     Raises:
         TypeError: the model is not a module.
     """
     check_is_module(model)
-    report = {}
+    report = PreparedModuleReport()
     left = _logits_layers_without_embeddings(model)
     prepared = any(is_prepared(module, _RELEASE) for module in model.modules())
     for module, paths in all_paths_by_module(model).items():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lowmem.nn.module_class import change_class_and_attributes, derived_class, hookless_shallow_copy
+from lowmem.transforms.model_summary import display_name_with_index_ranges, path_parts_with_none_for_indices
 
 
 class PreparedModule(nn.Module):
@@ -31,6 +32,17 @@ class PreparedModule(nn.Module):
         if parameter is None:
             parameter = next(model.parameters(), None)
         return None if parameter is None or parameter.is_cpu else parameter.device
+
+
+class PreparedModuleReport(dict[str, str]):
+    """What was done to each module, by path; printed with one line for all paths that differ by indices alone."""
+
+    def __str__(self) -> str:
+        groups: dict[object, list[str]] = {}
+        for path, text in self.items():
+            groups.setdefault((path_parts_with_none_for_indices(path), text), []).append(path)
+        lines = [f"{display_name_with_index_ranges(paths)}: {self[paths[0]]}" for paths in groups.values()]
+        return "\n".join(lines) or "no module is prepared"
 
 
 def prepend_prepared_class(module: nn.Module, base: type[PreparedModule], **attributes: Any) -> None:

@@ -1,6 +1,7 @@
 """Modules get their class back, whatever was done to it in layers; or an error, and nothing changes."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -8,10 +9,18 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lowmem import LoRA, convert, prepare_training, release_training
+from lowmem import (
+    LoRA,
+    convert,
+    inference_report,
+    prepare_inference,
+    prepare_training,
+    release_training,
+    training_report,
+)
 from lowmem.training.fused import Act, LayerNormSpec, fuse
 from lowmem.training.lazy_logits import LazyLogits, LazyOutputLayer, make_logits_lazy
-from lowmem.training.prepared_module import PreparedModule, check_prepared_class_unchanged
+from lowmem.training.prepared_module import PreparedModule, PreparedModuleReport, check_prepared_class_unchanged
 from tests.refusing import refused
 from tests.training.blocks import JOINED, MLP, NORM, SEPARATE, WIDTH, Norm, assert_near, batch, gradients
 
@@ -115,3 +124,30 @@ def test_a_class_that_was_changed_since_is_an_error():
     release_training(model)
     assert type(model[1]) is nn.Linear
     assert model(torch.ones(1, 8)).shape == (1, 40)
+
+
+def test_a_printed_report_has_one_line_for_all_modules_of_a_role():
+    report = PreparedModuleReport(
+        {"": "caches in place"}
+        | {f"layers.{number}.{part}": f"{part} fused" for number in range(30) for part in ("norm", "mlp")}
+        | {"layers.3.mlp": "as before: it has hooks", "head\x1b": "in chunks"}
+    )
+    assert str(report).splitlines() == [
+        "the model itself: caches in place",
+        "layers.0-29.norm: norm fused",
+        "layers.0...29.mlp: mlp fused",
+        "layers.3.mlp: as before: it has hooks",
+        r"head\x1b: in chunks",
+    ]
+    assert f"{report}" == str(report)
+    assert json.loads(json.dumps(report)) == report == dict(report)
+    assert eval(repr(report)) == report
+    assert str(PreparedModuleReport()) == "no module is prepared"
+
+
+def test_the_reports_of_training_and_inference_are_printed_by_role():
+    model = nn.Sequential(*(Norm() for _ in range(4)))
+    prepared = prepare_training(model)
+    assert str(training_report(prepared)).splitlines() == ["0-3: RMS norm fused: keeps its input"]
+    assert str(training_report(release_training(model))) == "no module is prepared"
+    assert str(inference_report(prepare_inference(model))).splitlines() == ["0-3: RMS norm in one call"]
