@@ -12,18 +12,31 @@ from torch import Tensor, nn
 
 from lowmem.kernels.cpu import CpuBackend
 from lowmem.kernels.cpu_rowwise import ROW_TYPES
-from lowmem.kernels.native_program import AddressOrName, NativeLayer, NativeProgram
+from lowmem.kernels.native_program import (
+    AddressOrName,
+    DenseUpdate,
+    NativeLayer,
+    NativeProgram,
+    update_scratch_per_row,
+)
 from lowmem.kernels.rms_norm_and_gating import ACTIVATIONS
-from lowmem.kernels.tensor_checks import TYPES, is_plain_cpu_tensor, is_recording_operations
+from lowmem.kernels.tensor_checks import (
+    TYPES,
+    is_c_readable_float32,
+    is_plain_cpu_tensor,
+    is_recording_operations,
+)
 from lowmem.nn.adapted_module import AdaptedModule
+from lowmem.nn.adapter import Adapter, is_inactive_dropout
 from lowmem.nn.call_context import GLOBAL_HOOKS, call_hook_dicts, can_bypass_autograd, is_autocast_enabled
 from lowmem.nn.linear import HalfLinear, Linear4Bit, Linear8Bit, QuantizedLinear
+from lowmem.nn.lora_forward import base_module_class_and_adapters
 from lowmem.nn.quantized_module import cached_quantized_weight_or_none
 from lowmem.quant.backend import backend_of
 from lowmem.training.fused import GatedMLPSpec, RMSNormSpec
 
 NATIVE_LAYER_CLASSES = Linear4Bit, Linear8Bit, HalfLinear
-"""Classes of layers whose weights C multiplies."""
+"""Classes of layers whose weights C multiplies, with or without adapters."""
 
 
 def cpu_backend_without_grad_or_none(x: Any) -> CpuBackend | None:
@@ -112,7 +125,8 @@ class NativeGatedMLP:
         if ready is None:
             return None
         rows, out = x.numel() // x.shape[-1], torch.empty_like(x)
-        steps = NativeProgram(kernel, x.new_empty(3 * rows * down.in_features))
+        per_row = 3 * down.in_features + ready.update_scratch_per_row
+        steps = NativeProgram(kernel, x.new_empty(rows * per_row))
         append_gated_mlp(steps, self.spec, "x", rows, ready.layers, "out")
         return out if steps.try_run(x=x, out=out) else None
 
@@ -157,6 +171,12 @@ class NativeLayersAndPrograms(NamedTuple):
     layers: list[NativeLayer]
     programs: dict[Any, Any]
 
+    @property
+    def update_scratch_per_row(self) -> int:
+        """Numbers of scratch that the layers' adapters take for a row."""
+        updates = (update for layer in self.layers for update in layer.updates)
+        return update_scratch_per_row(updates, self.dtype.itemsize)
+
 
 class NativeLayerCache:
     """Layers and norms inside a module, which C reads where they are.
@@ -200,11 +220,10 @@ class NativeLayerCache:
         taken = layers_for_c_or_none(backend, self.layers, dtype) if self.is_unchanged() else None
         if taken is None or not all(norm.has_c_readable_weight(dtype) for norm in self.norms):
             return None
-        tensors = [(layer._parameters, name) for layer in self.layers for name in layer._parameters]
-        tensors += [(layer._kept, "weight") for layer in self.layers]
-        tensors += [(norm.module._parameters, norm.spec.weight) for norm in self.norms]
+        entries = [entry for layer in self.layers for entry in _entries_that_calls_read(layer)]
+        entries += [(norm.module._parameters, norm.spec.weight) for norm in self.norms]
         self.native_layers = NativeLayersAndPrograms(
-            backend, dtype, make_unchanged_check(self.module, [*tensors, *self.watched_entries]), taken, {}
+            backend, dtype, make_unchanged_check(self.module, [*entries, *self.watched_entries]), taken, {}
         )
         return self.native_layers
 
@@ -233,15 +252,47 @@ def gated_mlp_layers(module: nn.Module, spec: GatedMLPSpec) -> list[Any]:
     return [getattr(module, name) for name in (spec.gate, spec.up, spec.down) if name]
 
 
+def is_native_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer whose weight C multiplies; C adds its adapters."""
+    return _class_without_adapters(module) in NATIVE_LAYER_CLASSES
+
+
+def _class_without_adapters(module: nn.Module) -> type[nn.Module]:
+    return module._plain_class if isinstance(module, AdaptedModule) else type(module)
+
+
+def _base_and_adapters(layer: Any) -> tuple[Any, list[Any]]:
+    """Return the module whose parameters a layer reads, and the adapters that it adds."""
+    if not isinstance(layer, AdaptedModule):
+        return layer, []
+    base, _, adapters = base_module_class_and_adapters(layer)
+    return base, adapters
+
+
+def _entries_that_calls_read(layer: Any) -> list[tuple[dict[str, Any], str]]:
+    """Return (dict, key) of each object that a layer's calls read: parameters, and which adapters are active."""
+    base, adapters = _base_and_adapters(layer)
+    entries = [(base._parameters, name) for name in base._parameters] + [(base._kept, "weight")]
+    if isinstance(layer, AdaptedModule):
+        bank = layer.adapters
+        entries += [(vars(bank), name) for name in ("active", "merged_copy")]
+        holders = (bank._modules.get(name) for name in bank.active)
+        entries += [(holder._modules, "weight") for holder in holders if holder is not None]
+    for adapter in adapters:
+        entries += [(adapter._parameters, name) for name in ("lora_a", "lora_b")] + [(vars(adapter), "scaling")]
+    return entries
+
+
 def layers_for_c_or_none(backend: CpuBackend, layers: Iterable[Any], dtype: torch.dtype) -> list[NativeLayer] | None:
     """Return layers as C takes them, if products with inputs of a dtype are all computed in that dtype, or in 8-bit
-    integers."""
+    integers; an adapter's in float32."""
     native_layers: list[NativeLayer] = []
     for layer in layers:
-        parameters, in_int8 = layer._parameters, False
-        if isinstance(layer, QuantizedLinear):
-            weight, bias = cached_quantized_weight_or_none(layer) or layer.quantized, parameters.get("bias")
-            computed = layer._forms["weight"].form.compute_dtype
+        base, adapters = _base_and_adapters(layer)
+        parameters, in_int8 = base._parameters, False
+        if isinstance(base, QuantizedLinear):
+            weight, bias = cached_quantized_weight_or_none(base) or base.quantized, parameters.get("bias")
+            computed = base._forms["weight"].form.compute_dtype
             in_int8 = computed is torch.int8
             fits = in_int8 or computed in (None, dtype)
             native_weight = backend.native_weight_or_none(weight, in_int8) if fits else None
@@ -251,17 +302,31 @@ def layers_for_c_or_none(backend: CpuBackend, layers: Iterable[Any], dtype: torc
             native_weight = (None, stored, None) if fits else None
         if native_weight is None or (bias is not None and (bias.dtype not in TYPES or not bias.is_contiguous())):
             return None
-        native_layers.append(NativeLayer(native_weight, layer.out_features, bias, in_int8))
+        updates = tuple(map(_update_for_c_or_none, adapters))
+        if None in updates:
+            return None
+        native_layers.append(
+            NativeLayer(native_weight, layer.out_features, bias, in_int8, cast("tuple[DenseUpdate, ...]", updates))
+        )
     return native_layers
+
+
+def _update_for_c_or_none(adapter: Any) -> DenseUpdate | None:
+    """Return what an adapter adds, as C takes it; None where its own forward must run."""
+    parameters = adapter._parameters
+    a, b = parameters.get("lora_a"), parameters.get("lora_b")
+    is_plain = type(adapter) is Adapter and is_inactive_dropout(adapter._modules["dropout"])
+    fits = is_plain and all(type(matrix) is nn.Parameter and is_c_readable_float32(matrix) for matrix in (a, b))
+    return DenseUpdate(a, b, adapter.scaling) if fits else None
 
 
 def unsupported_layer_reason_or_none(module: nn.Module, layers: Iterable[Any]) -> str | None:
     """Return which of a module's layers C does not multiply with, and why; or None."""
     names = {submodule: name for name, submodule in module.named_modules()}
     for layer in layers:
-        if type(layer) not in NATIVE_LAYER_CLASSES:
-            adapted, dense = isinstance(layer, AdaptedModule), type(layer) is nn.Linear
-            why = "has an adapter" if adapted else "is dense" if dense else f"is a {type(layer).__name__}"
+        if not is_native_layer(layer):
+            kind = _class_without_adapters(layer)
+            why = "is dense" if kind is nn.Linear else f"is a {kind.__name__}"
             return f"{names[layer]} {why}"
         form, dtype = layer._forms["weight"].form, layer._forms["weight"].dtype
         computed = getattr(form, "compute_dtype", None) or dtype

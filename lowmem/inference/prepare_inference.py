@@ -61,9 +61,9 @@ def prepare_inference(model: M) -> M:
     the kernel in C. In a model of transformers a whole block (norm, attention and its projections, norm, gated MLP
     and both sums) is one call, if trial runs with random tokens show that it computes just that. Keys and values grow
     in place: the model gets a forward pre-hook, which replaces empty layers of the ``DynamicCache`` that ``generate``
-    makes. Other caches are used as before. Outputs differ from before by rounding errors only. Modules stay where
-    they are: one that has hooks or an adapter, or was replaced, is called as before, and so is everything in training
-    and on other devices than CPUs.
+    makes. Other caches are used as before. Outputs differ from before by rounding errors only. Active adapters in
+    float32 are added in the same call. Modules stay where they are: one that has hooks or was replaced is called as
+    before, and so is everything in training and on other devices than CPUs.
 
     Blocks compute what transformers' attention functions ``"sdpa"`` and ``"eager"`` and lowmem's own do. With another
     one, also one that is registered anew under these names, they run as before. For blocks that are left,

@@ -178,9 +178,10 @@ class NativeBlock:
         program_query_and_out: tuple[NativeProgram, tuple[int, ...], int] | None = native_layers.programs.get(key)
         if program_query_and_out is None:
             spec, (batch, tokens, _) = self.spec, x.shape
+            per_token = sum(self.max_scratch_per_token) + native_layers.update_scratch_per_row
             steps = NativeProgram(
                 native_layers.backend,
-                self.allocate_scratch(get_ident(), batch * tokens * sum(self.max_scratch_per_token), x.dtype),
+                self.allocate_scratch(get_ident(), batch * tokens * per_token, x.dtype),
             )
             query, *new = self._append_qkv_and_return_fields(steps, native_layers, x, cos_and_sin)
             for name, item, states in zip(("keys", "values"), spec.projections[1:], new, strict=True):
@@ -196,7 +197,8 @@ class NativeBlock:
         self, native_layers: NativeLayersAndPrograms, x: Tensor, cos_and_sin: dict[str, Tensor], cache: Any, mask: Any
     ) -> Tensor | None:
         """Return the output, with the attention of the model's library between two calls of C."""
-        spec, (batch, tokens, _), (before, behind) = self.spec, x.shape, self.max_scratch_per_token
+        spec, (batch, tokens, _) = self.spec, x.shape
+        before, behind = (size + native_layers.update_scratch_per_row for size in self.max_scratch_per_token)
         first = NativeProgram(native_layers.backend, x.new_empty(batch * tokens * before))
         projected, room = self._append_qkv_and_return_fields(first, native_layers, x, cos_and_sin), first.scratch
         if not first.try_run(x=x, **cos_and_sin):

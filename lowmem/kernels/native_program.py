@@ -9,7 +9,7 @@ in float32 and rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from struct import pack
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,11 +22,27 @@ from lowmem.kernels.tensor_checks import TYPES, is_plain_cpu_tensor
 from lowmem.quant.backend import Activation
 
 # enum row_function and PRODUCTS of csrc/plan.h, and the structs of csrc/row_calls.h, each behind its function
-_ADD, _ROTATE, _PRODUCTS = 8, 9, 100
+_ADD, _ROTATE, _DENSE_PRODUCT, _PRODUCTS = 8, 9, 11, 100
 # Products of one input that share a region of threads
 MOST_TOGETHER = 3
 _NO_ATTENTION = cpu_rowwise.ATTENTION_CALL.unpack(bytes(cpu_rowwise.ATTENTION_CALL.size))
-_ADD_CALL, _ROTATE_CALL, _PRODUCTS_CALL = "@qqPPP", "@9qPPP", f"@5qP{'qqqPP' * MOST_TOGETHER}"
+_ADD_CALL, _ROTATE_CALL, _DENSE_PRODUCT_CALL = "@qqPPP", "@9qPPP", "@5qfPPPP"
+_PRODUCTS_CALL = f"@5qP{'qqqPP' * MOST_TOGETHER}"
+_FLOAT32, _FLOAT32_BYTES = TYPES[torch.float32], 4
+
+
+class DenseUpdate(NamedTuple):
+    """What an adapter adds to a layer, ``scaling * (x @ a.T) @ b.T``.
+
+    Attributes:
+        a: contiguous float32 (rank, in_features).
+        b: contiguous float32 (out_features, rank).
+        scaling: factor of the product.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
 
 
 class NativeLayer(NamedTuple):
@@ -37,12 +53,19 @@ class NativeLayer(NamedTuple):
         out_features: the rows of the weight.
         bias: (out_features,), or None.
         in_int8: whether inputs are rounded to 8 bits.
+        updates: of its active adapters, which are added one after another.
     """
 
     weight: NativeWeight
     out_features: int
     bias: Tensor | None
     in_int8: bool = False
+    updates: tuple[DenseUpdate, ...] = ()
+
+
+def update_scratch_per_row(updates: Iterable[DenseUpdate], itemsize: int) -> int:
+    """Return how many numbers of ``itemsize`` bytes updates take of a program's scratch for a row, at most."""
+    return sum((len(update.a) + 1) * _FLOAT32_BYTES // itemsize for update in updates)
 
 
 AddressOrName: TypeAlias = int | str
@@ -117,7 +140,21 @@ class NativeProgram:
             each += layer.out_features, layer.in_int8, *type_and_address, out
         each += (0,) * (5 * MOST_TOGETHER - len(each))
         self._append_step(_PRODUCTS_CALL, _PRODUCTS, 0, *sizes, x, *each)
+        for layer, out in zip(layers, outs, strict=True):
+            for update in layer.updates:
+                self._append_update(x, rows, update, out)
         return outs
+
+    def _append_update(self, x: AddressOrName, rows: int, update: DenseUpdate, out: AddressOrName) -> None:
+        """Add an adapter's product to ``out``, by way of float32 numbers."""
+        a, b, scaling = update
+        narrow = self.reserve_scratch_address(rows * update_scratch_per_row((update,), self.itemsize))
+        narrow += -narrow % _FLOAT32_BYTES
+        self._referenced_storages += a.untyped_storage(), b.untyped_storage()
+        first = self.type_id, _FLOAT32, rows, *a.shape, scaling, x, a.data_ptr(), 0, narrow
+        second = _FLOAT32, self.type_id, rows, *b.shape, 1.0, narrow, b.data_ptr(), out, out
+        for matrix, fields in ((a, first), (b, second)):
+            self._append_step(_DENSE_PRODUCT_CALL, _DENSE_PRODUCT, rows * matrix.numel(), *fields)
 
     def append_rotary_embedding(
         self,

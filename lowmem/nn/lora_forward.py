@@ -39,7 +39,7 @@ def linear_lora_forward(layer: Any, input: Tensor) -> Tensor:
     """
     if isinstance(input, Proxy):
         return record_as_fx_leaf(layer, input)
-    base, kind, adapters = _base_module_type_and_adapters(layer)
+    base, kind, adapters = base_module_class_and_adapters(layer)
     if len(adapters) == 1:
         fused = _fused_kernel_output_or_none(base, kind, adapters[0], input)
         if fused is None:
@@ -60,7 +60,7 @@ def linear_lora_forward(layer: Any, input: Tensor) -> Tensor:
 
 def transformers_conv1d_lora_forward(layer: Any, x: Tensor) -> Tensor:
     """Return (..., out) for x (..., in): the forward of transformers' Conv1D, whose weight is (in, out)."""
-    base, _, adapters = _base_module_type_and_adapters(layer)
+    base, _, adapters = base_module_class_and_adapters(layer)
     if (
         len(adapters) == 1
         and (fused := _fused_training_product_or_none(base, adapters[0], x, transposed=True)) is not None
@@ -77,7 +77,7 @@ def embedding_lora_forward(layer: Any, input: Tensor) -> Tensor:
     """Return (..., embedding_dim) for indices (...): rows of W, and rows of A^T times B^T."""
     if isinstance(input, Proxy):
         return record_as_fx_leaf(layer, input)
-    base, kind, adapters = _base_module_type_and_adapters(layer)
+    base, kind, adapters = base_module_class_and_adapters(layer)
     if _has_forward_for_stored_weight(kind):
         out: Tensor = kind.forward(base, input)
     elif layer.max_norm is not None:
@@ -102,7 +102,7 @@ def embedding_bag_lora_forward(
     if layer.max_norm is not None or layer.mode == "max":
         out: Tensor = nn.EmbeddingBag.forward(layer, input, offsets, per_sample_weights)
         return out
-    base, _, adapters = _base_module_type_and_adapters(layer)
+    base, _, adapters = base_module_class_and_adapters(layer)
 
     def embedding_bag_over(table: Any, sparse: bool) -> Tensor:
         options = layer.norm_type, layer.scale_grad_by_freq, layer.mode, sparse, per_sample_weights
@@ -121,7 +121,7 @@ def convolution_lora_forward(layer: Any, input: Tensor, output_size: Any = None)
     """Convolve: A convolves to ``rank`` channels of each group, and B is a kernel of one element."""
     if isinstance(input, Proxy):
         return record_as_fx_leaf(layer, input)
-    base, kind, adapters = _base_module_type_and_adapters(layer)
+    base, kind, adapters = base_module_class_and_adapters(layer)
     if _has_forward_for_stored_weight(kind):
         out: Tensor = kind.forward(base, input)
     else:
@@ -182,7 +182,7 @@ def _fused_training_product_or_none(base: Any, adapter: Any, x: Tensor, transpos
     )
 
 
-def _base_module_type_and_adapters(layer: Any) -> tuple[Any, Any, list[Any]]:
+def base_module_class_and_adapters(layer: Any) -> tuple[Any, Any, list[Any]]:
     """Return the module whose parameters a forward reads, its class without adapters, and the adapters to add."""
     bank = layer._modules["adapters"]
     # Read once, and an adapter may be None: another thread may change them
@@ -238,7 +238,8 @@ def _fused_kernel_output_or_none(base: Any, base_class: Any, adapter: nn.Module 
         or key not in bases  # a parametrization has moved it out
         or "forward" in attributes
         or not (plain or torch.compiler.is_compiling())
-        or not (x.dtype is a.dtype is b.dtype is torch.float32 and x.dim() == 2 and not x.is_nested)
+        or not (x.dtype is a.dtype is b.dtype is torch.float32 and not x.is_nested)
+        or not (x.dim() == 2 or (plain and x.dim() > 2))
         or not is_inactive_dropout(dropout)
         or is_autocast_enabled(x)
     ):

@@ -8,7 +8,13 @@ from torch import nn
 
 from lowmem import kernels, quantize
 from lowmem.kernels.cpu_rowwise import NO_STATES, attention_work_and_struct_fields, states_struct_fields_or_none
-from lowmem.kernels.native_program import MOST_TOGETHER, NativeLayer, NativeProgram
+from lowmem.kernels.native_program import (
+    MOST_TOGETHER,
+    DenseUpdate,
+    NativeLayer,
+    NativeProgram,
+    update_scratch_per_row,
+)
 from lowmem.kernels.rms_norm_and_gating import ACTIVATIONS
 from lowmem.quant.backend import KeyOrValueStates, backend_for
 from lowmem.quant.tensor import QuantizedTensor
@@ -102,6 +108,51 @@ def test_products_of_one_input(isa, kinds, batch, rows, columns, dtype, biased, 
         for got, weight, bias, computed in zip(found, weights, biases, dtypes, strict=True):
             expected = kernels.linear(x, weight, computed, bias)
             assert torch.equal(got.view(batch, -1), expected)
+
+
+@compiled
+@given(
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.integers(1, 200),
+    st.lists(st.integers(1, 20), min_size=1, max_size=2),
+    dtypes,
+    st.booleans(),
+    seeds,
+)
+@example(batch=300, rows=70, columns=190, ranks=[16, 8], dtype=torch.bfloat16, in_int8=False, seed=0)
+@example(batch=300, rows=70, columns=190, ranks=[16], dtype=torch.float32, in_int8=True, seed=0)
+@example(batch=1, rows=1030, columns=2050, ranks=[64], dtype=torch.bfloat16, in_int8=False, seed=0)  # on two threads
+def test_products_with_the_updates_of_adapters(isa, batch, rows, columns, ranks, dtype, in_int8, seed):
+    """Each update is a float32 sum, which is rounded once."""
+    with kernels.temporary_cpu_backend(isa), on_threads(2):
+        kernel, x = backend_for(), numbers((batch, columns), seed, dtype)
+        weights = weights_of(2, KINDS[1:2] * 2, rows, columns, seed)
+        updates = [
+            DenseUpdate(numbers((rank, columns), seed + rank), numbers((rows + 3, rank), seed + 1), 0.5)
+            for rank in ranks
+        ]
+        scratch = batch * (2 * rows + 3 + update_scratch_per_row(updates, dtype.itemsize))
+        steps = NativeProgram(kernel, x.new_full((scratch,), float("nan")))
+        layers = [
+            NativeLayer(kernel.native_weight_or_none(weight, in_int8), weight.shape[0], None, in_int8, tuple(added))
+            for weight, added in zip(weights, ([], updates), strict=True)
+        ]
+        first, second = steps.append_products("x", batch, columns, layers)
+        assert steps.try_run(x=x)
+        plain, got = (
+            steps.scratch.as_strided((batch, count), (count, 1), (at - steps.scratch.data_ptr()) // x.itemsize)
+            for at, count in ((first, rows), (second, rows + 3))
+        )
+        base, other = (kernels.linear(x, weight, torch.int8 if in_int8 else dtype) for weight in weights[::-1])
+        assert torch.equal(plain, other)
+        expected, size = base.double(), base.double().abs()
+        for a, b, scaling in updates:
+            expected = expected + scaling * (x.double() @ a.double().T) @ b.double().T
+            size = size + scaling * (x.double().abs() @ a.double().abs().T) @ b.double().abs().T
+        terms = sum(columns + rank + 4 for rank in ranks)
+        bound = (terms * unit(torch.float32) + 1.01 * len(ranks) * unit(dtype)) * size
+        assert ((got.double() - expected).abs() <= bound).all()
 
 
 @compiled

@@ -143,9 +143,19 @@ def test_what_one_call_cannot_take_is_taken_in_two(change):
 
 
 @torch.no_grad()
+def test_one_call_takes_the_tokens_of_several_sequences(updates):
+    layer, x = one_adapter(), torch.randn(2, 3, 24)
+    expected = layer(x.view(6, 24)).view(2, 3, -1)
+    updates.clear()
+    assert torch.equal(layer(x), expected)
+    assert updates == [True]
+    assert layer(x[:0]).shape == (0, 3, expected.shape[2])
+
+
+@torch.no_grad()
 def test_an_input_that_one_call_cannot_take_is_taken_in_two(updates):
     layer = one_adapter()
-    for x in (torch.randn(2, 3, 24), torch.randn(24), torch.randn(2, 24).bfloat16(), torch.randn(2, 24).double()):
+    for x in (torch.randn(24), torch.randn(2, 24).bfloat16(), torch.randn(2, 24).double()):
         assert torch.equal(layer(x), expected_of(layer, x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer(torch.ones(2, 24)), expected_of(layer, torch.ones(2, 24)))

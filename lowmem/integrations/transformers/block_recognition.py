@@ -16,9 +16,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
 from lowmem.inference.norms_and_mlps import (
-    NATIVE_LAYER_CLASSES,
     NativeRMSNorm,
     gated_mlp_layers,
+    is_native_layer,
     unsupported_layer_reason_or_none,
 )
 from lowmem.inference.transformer_block import AttentionProjection, BlockSpec, NativeBlock
@@ -169,7 +169,7 @@ class _BlockRecognitionTrial:
                 stack.callback(
                     module.register_forward_hook(self._record_call_and_read_block, with_kwargs=True).remove
                 )
-                if module in self.parts or type(module) in NATIVE_LAYER_CLASSES or module is output:
+                if module in self.parts or is_native_layer(module) or module is output:
                     stack.enter_context(replaced_forward(module, self._random_output_forward(module)))
             at = None
             if last is not None:
@@ -220,7 +220,7 @@ class _BlockRecognitionTrial:
     def _record_call_and_read_block(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         """Record a call; when a block returns, read its form."""
         self.counts[module] += 1
-        if (module in self.parts or type(module) in NATIVE_LAYER_CLASSES) and (kwargs or len(args) != 1):
+        if (module in self.parts or is_native_layer(module)) and (kwargs or len(args) != 1):
             # C would compute it without the other arguments
             return
         self.calls[module] = _ModuleCall(args[0] if args else kwargs.get("hidden_states"), kwargs, out)

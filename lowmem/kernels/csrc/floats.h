@@ -58,5 +58,5 @@ static const struct kernel kernels[] = {
         .widen = wide_body, .quantize = quantize_body,                                                              \
         .inputs8_zero = 0, .inputs8_shifted = INPUTS8_SHIFTED,                                                                              \
         .rows = {norm_body, gated_body, entropy_body, encode8_body, decode8_body, round_columns_body, attention_body, \
-                 encode_states_body, add_body, rotate_body, compare_body},                                                                 \
+                 encode_states_body, add_body, rotate_body, compare_body, dense_product_body},                                              \
     }

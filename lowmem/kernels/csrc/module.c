@@ -18,7 +18,7 @@ static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, 
     *u = (struct update){
         .x = x->data, .a = a.data, .b = b.data, .scaling = (float)factor, .rank = a.shape[0], .rows = rows, .columns = a.shape[1],
     };
-    return x->type == FLOAT32 && a.type == FLOAT32 && b.type == FLOAT32 && a.dims == 2 && has_shape(x, x->shape[0], a.shape[1]) &&
+    return x->type == FLOAT32 && a.type == FLOAT32 && b.type == FLOAT32 && a.dims == 2 && has_rows(x, x->shape[0], a.shape[1]) &&
            has_shape(&b, rows, a.shape[0]) && x->shape[0] && x->shape[0] <= UPDATED && rows && a.shape[1];
 }
 
@@ -245,6 +245,7 @@ static size_t size_of(int64_t function)
         [ENCODE8] = sizeof(struct saved8), [DECODE8] = sizeof(struct saved8), [ROUND_COLUMNS] = sizeof(struct rounding),
         [ATTENTION] = sizeof(struct attention), [ENCODE_STATES] = sizeof(struct coding), [ADD] = sizeof(struct adding),
         [ROTATE] = sizeof(struct rotation), [COMPARE] = sizeof(struct comparing),
+        [DENSE_PRODUCT] = sizeof(struct dense_product),
     };
     return function == PRODUCTS ? sizeof(struct products) : function >= 0 && function < ROW_FUNCTIONS ? sizes[function] : 0;
 }

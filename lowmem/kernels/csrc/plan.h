@@ -53,7 +53,7 @@ struct kernel {
     {"torch_others", LINEAR, ODD, ANY_TYPE, 1, ANY_ROWS}, \
     {"grad_torch_others", INPUT_GRAD, ODD, ANY_TYPE, 1, ANY_ROWS}
 
-enum row_function { NORM, GATED, ENTROPY, ENCODE8, DECODE8, ROUND_COLUMNS, ATTENTION, ENCODE_STATES, ADD, ROTATE, COMPARE, ROW_FUNCTIONS };
+enum row_function { NORM, GATED, ENTROPY, ENCODE8, DECODE8, ROUND_COLUMNS, ATTENTION, ENCODE_STATES, ADD, ROTATE, COMPARE, DENSE_PRODUCT, ROW_FUNCTIONS };
 
 enum { PRODUCTS = 100 }; /* of a sequence, beside row functions */
 

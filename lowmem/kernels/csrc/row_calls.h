@@ -88,6 +88,18 @@ struct adding {
     void *out;
 };
 
+/* Product with a dense float32 matrix (update.h): out (batch, rows) = base + scale * (x @ matrix.T), computed in float32 and rounded
+ * once; base and out may be the same memory. */
+struct dense_product {
+    int64_t type, out_type; /* of x; of base and out */
+    int64_t batch, rows, columns; /* rows, columns: of the matrix */
+    float scale;
+    const void *x;
+    const float *matrix;
+    const void *base; /* or NULL */
+    void *out;
+};
+
 /* Rotary embedding in place (steps.h): of x and y, the halves of the first `width` numbers of a head, x cos - y sin and
  * y cos + x sin. */
 struct rotation {
