@@ -507,7 +507,7 @@ class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
             return None
         rows, columns = weight.shape
         without_offsets = cache_key in (_BASE, _BASE_IN_INT8)
-        if not columns or (weight.has_offsets != without_offsets and cache_key != _AS_FLOATS):
+        if not columns or (without_offsets and not weight.has_offsets):
             return None
         form = get_format(weight.format)
         points, levels = form.divisor if form.width.is_centered else 0, form.levels

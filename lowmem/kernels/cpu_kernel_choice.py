@@ -63,8 +63,12 @@ class KernelExplanationMixin:
             without, in_int8 = replace(weight, scale_encoding="float32"), dtype is torch.int8
             how = "8-bit integers" if in_int8 else "float32"
             lines = [f"offsets: added in plain torch, to products in {how} without them:"]
-            if not in_int8 and self.tried_kernels(without, rows, dtype, "linear")[-1][1].startswith(("few", "int16")):
-                lines = [self._kernel_explanation(without, rows, dtype, "linear"), *lines]
+            operation = "linear_inputs8" if in_int8 else "linear"
+            tried = self.tried_kernels(without, rows, dtype, operation)
+            if tried and tried[-1][1].startswith(("few", "int16")):
+                lines = [self._kernel_explanation(without, rows, dtype, operation), *lines]
+                if in_int8:
+                    return lines[0]
                 return "\n".join([*lines, self._kernel_explanation(without, rows, torch.float32, "input_grad")])
             return "\n".join([*lines, self.explain(without, rows, torch.int8 if in_int8 else torch.float32)])
         if dtype is not torch.int8:

@@ -159,6 +159,36 @@ def test_products_in_8_bit_integers_round_what_offsets_do_not_touch(form, size, 
         assert ((out.double() - exact).abs() <= bound(sizes, exact, columns, dtype)).all()
 
 
+@needs_kernel
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_c_adds_offsets_to_few_products_in_8_bit_integers(size, monkeypatch):
+    """Also of wide inputs, which are packed in parts of their columns: else each token took several times as long."""
+    columns = 49152 // 4 + 300
+    stored = quantize(torch.randn(20, columns) + 3, "int4", block_size=size, scales="float16_offsets")
+    x, bias = torch.randn(8, columns), torch.randn(20)
+    for name in kernels.available_cpu_backend_names()[1:]:
+        with kernels.temporary_cpu_backend(name):
+            kernel = kernels.backend_for()
+            for batch in (1, 3, 8):
+                expected = kernel._product_with_offsets_or_none(x[:batch], stored, torch.int8, False, bias)
+                with monkeypatch.context() as patch:
+                    patch.delattr(type(kernel), "_product_with_offsets_or_none")
+                    got = kernels.linear(x[:batch], stored, torch.int8, bias)
+                sizes = (
+                    x[:batch].double().abs()
+                    @ (
+                        stored.dequantize().abs()
+                        + 2 * stored.offsets().abs().repeat_interleave(size, -1)[:, :columns]
+                    )
+                    .double()
+                    .T
+                )
+                assert (
+                    (got.double() - expected).abs()
+                    <= 2 * bound(sizes + bias.abs(), expected.double(), columns, torch.float32)
+                ).all()
+
+
 @pytest.mark.thorough
 @needs_kernel
 def test_products_take_no_more_scratch_than_is_said():
@@ -187,9 +217,10 @@ def test_explain_says_that_offsets_are_added():
         assert "offsets: added in plain torch, to products in float32 without them:\ninput_grad:" in text
         text = kernels.explain(stored, 64)
         assert text.startswith("offsets: added in plain torch, to products in float32 without them:\nlinear:")
-        text = kernels.explain(stored, 4, torch.int8)
+        assert kernels.explain(stored, 4, torch.int8).startswith("linear_inputs8: few_inputs8")
+        text = kernels.explain(stored, 64, torch.int8)
     assert text.startswith("offsets: added in plain torch, to products in 8-bit integers")
-    assert "linear_inputs8" in text
+    assert "linear_inputs8: tiled_inputs8" in text
 
 
 def test_block_sums_of_a_row_that_ends_in_a_short_block():

@@ -144,7 +144,11 @@ INLINE void pack_inputs8(struct job *job, int64_t part, int64_t parts, const int
                 return;
             }
 }
-static void pack_few_inputs8(struct job *job, int64_t part, int64_t parts, int64_t thread) { pack_inputs8(job, 0, 1, 1); }
+static void pack_few_inputs8(struct job *job, int64_t part, int64_t parts, int64_t thread)
+{
+    pack_inputs8(job, 0, 1, 1);
+    sum_blocks(job); /* of numbers that are not rounded: offsets may be large */
+}
 static void pack_tiles_inputs8(struct job *job, int64_t part, int64_t parts, int64_t thread) { pack_inputs8(job, part, parts, 0); }
 
 /* As few, in 8-bit integers. */
@@ -329,7 +333,7 @@ static void tiled_inputs8_body(struct job *job, int64_t part, int64_t parts, int
 }
 
 /* With 8-bit codes, of which a tile takes less work, few rows pay up to a smaller batch. */
-#define FEW_INPUTS8 .number = INPUTS8_BYTES, .whole = 1, .few = 1, .pack = pack_few_inputs8, .multiply = few_inputs8_body
+#define FEW_INPUTS8 .number = INPUTS8_BYTES, .whole = 1, .few = 1, .adds_offsets = 1, .pack = pack_few_inputs8, .multiply = few_inputs8_body
 #define TILED_INPUTS8 \
     .number = INPUTS8_BYTES, .whole = 1, .own = SUMS_AT, .own_of_input = LANES, .pack = pack_tiles_inputs8, .multiply = tiled_inputs8_body
 #define INPUTS8_KERNELS                                                                          \
