@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+from contextlib import redirect_stdout
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from io import StringIO
@@ -267,6 +268,10 @@ def of_reading(short):
     text = TEXTS["docs/guides/llama-cpp.md"]
     (inline,) = re.findall(r"`(from_exact\([^`]*\))` loads the same", text)
     model = eval(inline, {"from_exact": from_exact})
+    (find_file,) = re.findall(r'^    python -c "(from importlib.metadata .*)"$', text, re.MULTILINE)
+    with redirect_stdout(StringIO()) as said:
+        exec(find_file, {})
+    assert Path(said.getvalue().strip()).samefile(smollm2())
     assert torch.equal(model(**prompt).logits, stored(**prompt).logits)
     assert model.lm_head.forms["weight"].format == "q8_0"
     (options,) = re.findall(r"`(--include[^`]*)`", text)
