@@ -45,13 +45,14 @@ ROWS = (
     *("transformers bfloat16", "transformers float32", "bitsandbytes bfloat16"),
     *("lowmem bfloat16", "lowmem float32"),  # as transformers loads the folder
     *("prepared bfloat16", "prepared float32"),  # for inference
+    *("adapter bfloat16", "adapter float32"),  # prepared, with LoRA of rank 16 in all layers, as fit trains it
     *("cache8 bfloat16", "cache8 float32"),  # prepared, with keys and values in 8 bits
     *("int8 bfloat16", "int8 float32"),  # prepared, with products in 8-bit integers
     "llama.cpp",
 )
 EXACT = "lowmem float32"  # whose logits others are held against
 DENSE = ("transformers", "bitsandbytes")  # which read the dense folder
-PREPARED = "prepared", "cache8", "int8"
+PREPARED = "prepared", "adapter", "cache8", "int8"
 NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 SHAPES = {"smollm2": (576, 30, 9, 3, 1536), "large": (2048, 16, 32, 8, 5632), "tiny": (128, 2, 2, 1, 256)}
 PROMPT, TOKENS, SEQUENCES = 256, 64, 16
@@ -99,6 +100,8 @@ def load(row: str, folder: Path) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
     if kind == "int8":
         set_compute_dtype(model, kind)
+    if kind == "adapter":  # B is zero: the logits stay, and the products are computed
+        lowmem.add_adapter(model, "default", lowmem.LoRA(16))
     if kind in PREPARED:
         lowmem.prepare_inference(model)
     return model.eval()

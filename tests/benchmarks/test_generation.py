@@ -72,16 +72,16 @@ def test_the_table_has_medians_of_processes_and_the_exit_code_tells_of_logits(tm
     monkeypatch.setattr(generation, "differing", lambda *_: far)
     monkeypatch.setattr(generation, "find_spec", lambda name: None if name == "bitsandbytes" else name)
     monkeypatch.setattr(generation, "version", lambda name: "1.2")
-    rows = ["--rows", "bits*", "*float32", "llama.cpp", "--threads", "3", "--folder", str(tmp_path)]
+    rows = ["--rows", "bits*", "lowmem float32", "prepared float32", "llama.cpp", "--threads", "3", "--folder", str(tmp_path)]
     assert generation.main(rows) == 0
-    named = ["transformers float32", "lowmem float32", "prepared float32", "cache8 float32", "llama.cpp"]
+    named = ["lowmem float32", "prepared float32", "llama.cpp"]
     assert order == [(row, 3) for row in named] * 3
     out, err = capsys.readouterr()
     assert err == "bitsandbytes is left out, since bitsandbytes is not installed\n"
     assert "3 threads" in out
     assert "llama_cpp_py_sync 1.2" in out
-    assert "| lowmem float32 | 70 | 70 | 70 | 70 | 70 | 70 |" in out
-    assert out.endswith("| llama.cpp | 100 |  | 100 | 100 | 100 | 100 |\n")
+    assert "| lowmem float32 | 40 | 40 | 40 | 40 | 40 | 40 | 40 |" in out
+    assert out.endswith("| llama.cpp | 60 |  | 60 | 60 | 60 | 60 | 60 |\n")
     far.append("llama.cpp")
     assert generation.main(rows) == 1
     with pytest.raises(SystemExit, match="2"):
