@@ -72,7 +72,17 @@ def test_the_table_has_medians_of_processes_and_the_exit_code_tells_of_logits(tm
     monkeypatch.setattr(generation, "differing", lambda *_: far)
     monkeypatch.setattr(generation, "find_spec", lambda name: None if name == "bitsandbytes" else name)
     monkeypatch.setattr(generation, "version", lambda name: "1.2")
-    rows = ["--rows", "bits*", "lowmem float32", "prepared float32", "llama.cpp", "--threads", "3", "--folder", str(tmp_path)]
+    rows = [
+        "--rows",
+        "bits*",
+        "lowmem float32",
+        "prepared float32",
+        "llama.cpp",
+        "--threads",
+        "3",
+        "--folder",
+        str(tmp_path),
+    ]
     assert generation.main(rows) == 0
     named = ["lowmem float32", "prepared float32", "llama.cpp"]
     assert order == [(row, 3) for row in named] * 3
