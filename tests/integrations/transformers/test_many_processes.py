@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -142,7 +143,9 @@ def test_ctrl_c_under_torchrun_ends_all_processes_and_one_tells_how_to_continue(
     finally:
         process.kill()
     assert process.returncode == 1
-    (told,) = [line for line in errors.splitlines() if line.startswith("lowmem")]
+    told = [line for line in errors.splitlines() if line.startswith("lowmem")]
+    assert re.fullmatch(r"lowmem fit: \d+ of \d+ examples are held out to evaluate on", told.pop(0))
+    (told,) = told
     assert told.startswith("lowmem fit: interrupted; the last good state, after step ")
     assert " is kept in 'stopped.training': continue with `torchrun --nproc-per-node 2 -m lowmem fit base " in told
     with pytest.raises(ProcessLookupError):
