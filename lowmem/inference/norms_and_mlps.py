@@ -152,12 +152,19 @@ def make_unchanged_check(
     dicts, keys, values = zip(*entries, strict=True)
     kinds, tensors = list(map(type, parts)), [item for item in values if isinstance(item, Tensor)]
     addresses = list(map(Tensor.data_ptr, tensors))
+    # C checks the layout of codes, scales and 16-bit weights itself
+    others = [
+        value for key, value in zip(keys, values, strict=True) if isinstance(value, Tensor) and key[:7] != "weight_"
+    ]
+    sizes, strides = list(map(Tensor.size, others)), list(map(Tensor.stride, others))
     hooks = [*GLOBAL_HOOKS, *(item for part in parts for item in call_hook_dicts(part))]
     # Asked at each call, hence without a loop in Python.
     return lambda: (
         all(map(is_, map(dict.get, dicts, keys), values))
         and list(map(type, parts)) == kinds
         and list(map(Tensor.data_ptr, tensors)) == addresses
+        and list(map(Tensor.size, others)) == sizes
+        and list(map(Tensor.stride, others)) == strides
         and not any(hooks)
     )
 
@@ -302,7 +309,7 @@ def layers_for_c_or_none(backend: CpuBackend, layers: Iterable[Any], dtype: torc
             native_weight = (None, stored, None) if fits else None
         if native_weight is None or (bias is not None and (bias.dtype not in TYPES or not bias.is_contiguous())):
             return None
-        updates = tuple(map(_update_for_c_or_none, adapters))
+        updates = tuple(_update_for_c_or_none(adapter, layer) for adapter in adapters)
         if None in updates:
             return None
         native_layers.append(
@@ -311,13 +318,16 @@ def layers_for_c_or_none(backend: CpuBackend, layers: Iterable[Any], dtype: torc
     return native_layers
 
 
-def _update_for_c_or_none(adapter: Any) -> DenseUpdate | None:
-    """Return what an adapter adds, as C takes it; None where its own forward must run."""
+def _update_for_c_or_none(adapter: Any, layer: Any) -> DenseUpdate | None:
+    """Return what an adapter adds to a layer, as C takes it; None where its own forward must run."""
     parameters = adapter._parameters
     a, b = parameters.get("lora_a"), parameters.get("lora_b")
     is_plain = type(adapter) is Adapter and is_inactive_dropout(adapter._modules["dropout"])
-    fits = is_plain and all(type(matrix) is nn.Parameter and is_c_readable_float32(matrix) for matrix in (a, b))
-    return DenseUpdate(a, b, adapter.scaling) if fits else None
+    if not is_plain or not all(type(each) is nn.Parameter and is_c_readable_float32(each) for each in (a, b)):
+        return None
+    rank = len(a)
+    fits = a.shape == (rank, layer.in_features) and b.shape == (layer.out_features, rank) and rank > 0
+    return DenseUpdate(a, b, float(adapter.scaling)) if fits else None
 
 
 def unsupported_layer_reason_or_none(module: nn.Module, layers: Iterable[Any]) -> str | None:

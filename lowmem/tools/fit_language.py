@@ -73,9 +73,9 @@ from lowmem.transforms.module_registry import adaptable_parameter_names
 from lowmem.transforms.named_adapters import add_adapter
 
 TIMED_STEPS = 5
+"""Steps after which the time that is left, as the first step has it, is corrected."""
 # Seconds that threads wait for cores in a second of steps, from which on other programs cost much of the time
 BUSY = 0.5
-"""Steps after which the time that is left, as the first step has it, is corrected."""
 
 
 def run(arguments: argparse.Namespace, model_path: Path) -> int:

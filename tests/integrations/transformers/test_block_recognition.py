@@ -442,6 +442,43 @@ def test_adapters_that_c_does_not_add_run_as_before(what, ran):
         assert near(logits(model, KeyValueCache(model), 3), logits(plain, KeyValueCache(plain), 3))
 
 
+def q_adapter(model):
+    return lowmem.adapter_layers(model, "default")["model.layers.0.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("lora_a", (4, 63)), ("lora_a", (4, 5000)), ("lora_a", (3, 64)), ("lora_b", (5, 4)), ("lora_b", (100_000, 4))],
+)
+def test_an_adapter_of_another_shape_is_an_error_as_before(name, shape):
+    """C would read behind its matrices, or write behind the output."""
+    model = prepare_inference(with_adapters(model_of("llama"), LoRA(4)))
+    logits(model, KeyValueCache(model), 3)
+    setattr(q_adapter(model), name, torch.nn.Parameter(torch.randn(shape)))
+    with pytest.raises(RuntimeError, match="shape|size"):
+        logits(model, KeyValueCache(model), 3)
+
+
+@pytest.mark.parametrize("change", ["transposed", "a smaller rank", "a longer step"])
+def test_an_adapter_whose_layout_changes_in_its_place_is_read_anew(change):
+    plain, model = (with_adapters(model_of("llama"), LoRA(64)) for _ in range(2))
+    prepare_inference(model)
+    before = logits(model, KeyValueCache(model), 3)
+    for each in (plain, model):
+        a, b = q_adapter(each).lora_a, q_adapter(each).lora_b
+        address = a.data_ptr()
+        if change == "transposed":
+            a.data = a.data.t()
+        elif change == "a smaller rank":
+            a.data, b.data = a.data[:2], b.data.as_strided((len(b), 2), (2, 1))
+        else:
+            a.data, b.data = a.data.as_strided((2, 64), (128, 1)), b.data.as_strided((len(b), 2), (2, 1))
+        assert a.data_ptr() == address
+    got = logits(model, KeyValueCache(model), 3)
+    assert near(got, logits(plain, KeyValueCache(plain), 3))
+    assert not near(got, before)
+
+
 def test_copies_are_plain_and_saving_is_as_before(tmp_path):
     model = model_of("llama")
     expected = logits(model, KeyValueCache(model), 3)
