@@ -82,6 +82,7 @@ def test_every_command_names_the_same_kinds_of_a_model(place, refused):
 
 
 def test_a_name_that_no_file_has_is_told_with_the_systems_reason(refused):
+    pytest.importorskip("transformers", reason="generate needs transformers")
     assert "cannot read 'aaaa" in refused("generate", "a" * 300, "--prompt", "a")
 
 
