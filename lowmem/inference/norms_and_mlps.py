@@ -14,7 +14,6 @@ from lowmem.kernels.cpu import CpuBackend
 from lowmem.kernels.cpu_rowwise import ROW_TYPES
 from lowmem.kernels.native_program import (
     AddressOrName,
-    DenseUpdate,
     NativeLayer,
     NativeProgram,
     update_scratch_per_row,
@@ -32,7 +31,7 @@ from lowmem.nn.call_context import GLOBAL_HOOKS, call_hook_dicts, can_bypass_aut
 from lowmem.nn.linear import HalfLinear, Linear4Bit, Linear8Bit, QuantizedLinear
 from lowmem.nn.lora_forward import base_module_class_and_adapters
 from lowmem.nn.quantized_module import cached_quantized_weight_or_none
-from lowmem.quant.backend import backend_of
+from lowmem.quant.backend import LowRank, backend_of
 from lowmem.training.fused import GatedMLPSpec, RMSNormSpec
 
 NATIVE_LAYER_CLASSES = Linear4Bit, Linear8Bit, HalfLinear
@@ -154,7 +153,9 @@ def make_unchanged_check(
     addresses = list(map(Tensor.data_ptr, tensors))
     # C checks the layout of codes, scales and 16-bit weights itself
     others = [
-        value for key, value in zip(keys, values, strict=True) if isinstance(value, Tensor) and key[:7] != "weight_"
+        value
+        for key, value in zip(keys, values, strict=True)
+        if isinstance(value, Tensor) and not key.startswith("weight_")
     ]
     sizes, strides = list(map(Tensor.size, others)), list(map(Tensor.stride, others))
     hooks = [*GLOBAL_HOOKS, *(item for part in parts for item in call_hook_dicts(part))]
@@ -313,12 +314,12 @@ def layers_for_c_or_none(backend: CpuBackend, layers: Iterable[Any], dtype: torc
         if None in updates:
             return None
         native_layers.append(
-            NativeLayer(native_weight, layer.out_features, bias, in_int8, cast("tuple[DenseUpdate, ...]", updates))
+            NativeLayer(native_weight, layer.out_features, bias, in_int8, cast("tuple[LowRank, ...]", updates))
         )
     return native_layers
 
 
-def _update_for_c_or_none(adapter: Any, layer: Any) -> DenseUpdate | None:
+def _update_for_c_or_none(adapter: Any, layer: Any) -> LowRank | None:
     """Return what an adapter adds to a layer, as C takes it; None where its own forward must run."""
     parameters = adapter._parameters
     a, b = parameters.get("lora_a"), parameters.get("lora_b")
@@ -327,7 +328,7 @@ def _update_for_c_or_none(adapter: Any, layer: Any) -> DenseUpdate | None:
         return None
     rank = len(a)
     fits = a.shape == (rank, layer.in_features) and b.shape == (layer.out_features, rank) and rank > 0
-    return DenseUpdate(a, b, float(adapter.scaling)) if fits else None
+    return (a, b, float(adapter.scaling)) if fits else None
 
 
 def unsupported_layer_reason_or_none(module: nn.Module, layers: Iterable[Any]) -> str | None:

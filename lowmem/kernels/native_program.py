@@ -19,7 +19,7 @@ from torch import Tensor
 from lowmem.kernels import cpu_rowwise
 from lowmem.kernels.cpu import CpuBackend, NativeWeight
 from lowmem.kernels.tensor_checks import TYPES, is_plain_cpu_tensor
-from lowmem.quant.backend import Activation
+from lowmem.quant.backend import Activation, LowRank
 
 # enum row_function and PRODUCTS of csrc/plan.h, and the structs of csrc/row_calls.h, each behind its function
 _ADD, _ROTATE, _DENSE_PRODUCT, _PRODUCTS = 8, 9, 11, 100
@@ -31,20 +31,6 @@ _PRODUCTS_CALL = f"@5qP{'qqqPP' * MOST_TOGETHER}"
 _FLOAT32, _FLOAT32_BYTES = TYPES[torch.float32], 4
 
 
-class DenseUpdate(NamedTuple):
-    """What an adapter adds to a layer, ``scaling * (x @ a.T) @ b.T``.
-
-    Attributes:
-        a: contiguous float32 (rank, in_features).
-        b: contiguous float32 (out_features, rank).
-        scaling: factor of the product.
-    """
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-
-
 class NativeLayer(NamedTuple):
     """A layer.
 
@@ -53,19 +39,19 @@ class NativeLayer(NamedTuple):
         out_features: the rows of the weight.
         bias: (out_features,), or None.
         in_int8: whether inputs are rounded to 8 bits.
-        updates: of its active adapters, which are added one after another.
+        updates: of its active adapters, which are added one after another; matrices in contiguous float32.
     """
 
     weight: NativeWeight
     out_features: int
     bias: Tensor | None
     in_int8: bool = False
-    updates: tuple[DenseUpdate, ...] = ()
+    updates: tuple[LowRank, ...] = ()
 
 
-def update_scratch_per_row(updates: Iterable[DenseUpdate], itemsize: int) -> int:
+def update_scratch_per_row(updates: Iterable[LowRank], itemsize: int) -> int:
     """Return how many numbers of ``itemsize`` bytes updates take of a program's scratch for a row, at most."""
-    return sum((len(update.a) + 1) * _FLOAT32_BYTES // itemsize for update in updates)
+    return sum((len(a) + 1) * _FLOAT32_BYTES // itemsize for a, _, _ in updates)
 
 
 AddressOrName: TypeAlias = int | str
@@ -145,7 +131,7 @@ class NativeProgram:
                 self._append_update(x, rows, update, out)
         return outs
 
-    def _append_update(self, x: AddressOrName, rows: int, update: DenseUpdate, out: AddressOrName) -> None:
+    def _append_update(self, x: AddressOrName, rows: int, update: LowRank, out: AddressOrName) -> None:
         """Add an adapter's product to ``out``, by way of float32 numbers."""
         a, b, scaling = update
         narrow = self.reserve_scratch_address(rows * update_scratch_per_row((update,), self.itemsize))

@@ -10,7 +10,6 @@ from lowmem import kernels, quantize
 from lowmem.kernels.cpu_rowwise import NO_STATES, attention_work_and_struct_fields, states_struct_fields_or_none
 from lowmem.kernels.native_program import (
     MOST_TOGETHER,
-    DenseUpdate,
     NativeLayer,
     NativeProgram,
     update_scratch_per_row,
@@ -130,8 +129,7 @@ def test_products_with_the_updates_of_adapters(isa, batch, rows, columns, ranks,
         kernel, x = backend_for(), numbers((batch, columns), seed, dtype)
         weights = weights_of(2, KINDS[1:2] * 2, rows, columns, seed)
         updates = [
-            DenseUpdate(numbers((rank, columns), seed + rank), numbers((rows + 3, rank), seed + 1), 0.5)
-            for rank in ranks
+            (numbers((rank, columns), seed + rank), numbers((rows + 3, rank), seed + 1), 0.5) for rank in ranks
         ]
         scratch = batch * (2 * rows + 3 + update_scratch_per_row(updates, dtype.itemsize))
         steps = NativeProgram(kernel, x.new_full((scratch,), float("nan")))
